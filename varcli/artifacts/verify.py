@@ -1,0 +1,193 @@
+"""The one way files are read: manifest first, every byte checked before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from varcli.artifacts.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Manifest, hash_file
+from varcli.errors import ArtifactError, IntegrityError
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_JSON = 64 * 2**20  # bytes; the manifest of 100,000 shards stays below it
+_MAX_HEADER = 16 * 2**20  # bytes; d36 has a header of 60 kB
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of at most 64 MiB. Raises ArtifactError if it is missing, too large or not JSON."""
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise ArtifactError(f"`{path}` is larger than any JSON file of varcli")
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"cannot read `{path}`: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"`{path}` is not valid JSON: {error}", "it was damaged or edited") from None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON-lines log, dropping a torn last line. A missing file is an empty log."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # a crash can tear the line that was being appended
+    return records
+
+
+def is_artifact(folder: Path) -> bool:
+    """Say whether `folder` holds a manifest."""
+    return (folder / MANIFEST_NAME).is_file()
+
+
+def read_manifest(folder: Path, kind: str | None = None) -> Manifest:
+    """Read `folder/manifest.json`.
+
+    kind: what it must be, or None for any. Raises ArtifactError if there is none, it is of another kind, or a newer
+    varcli wrote it; IntegrityError if it names files outside its folder.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        wanted = f"a finished {kind} folder" if kind else "a finished varcli folder"
+        what = "has no manifest.json" if folder.is_dir() else "does not exist"
+        raise ArtifactError(f"`{folder}` is not {wanted}: it {what}", "run the command that makes it again, it resumes")
+    value = read_json(path)
+    try:
+        manifest = Manifest(
+            kind=str(value["kind"]),
+            files={
+                str(name): FileEntry(int(entry["size"]), str(entry["sha256"])) for name, entry in value["files"].items()
+            },
+            info=dict(value["info"]),
+            made_by=dict(value.get("made_by", {})),
+            format_version=int(value["format_version"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ArtifactError(f"`{path}` is not a varcli manifest", "pass a folder that varcli wrote") from None
+    if manifest.format_version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"`{folder}` was made by varcli {manifest.made_by.get('varcli', '?')} in format {manifest.format_version}; "
+            f"this varcli reads up to format {FORMAT_VERSION}",
+            "upgrade varcli",
+        )
+    for name, entry in manifest.files.items():
+        if not _NAME.fullmatch(name) or name in (".", "..") or not _SHA256.fullmatch(entry.sha256):
+            raise IntegrityError(f"`{path}` names a file that no varcli folder has: {name!r}")
+    if kind is not None and manifest.kind != kind:
+        raise ArtifactError(f"`{folder}` is a {manifest.kind} folder, but a {kind} folder is needed")
+    return manifest
+
+
+def verify_folder(folder: Path, manifest: Manifest) -> list[str]:
+    """Hash every file that `manifest` names; return one line a problem, an empty list if all is well."""
+    problems = []
+    for name, entry in manifest.files.items():
+        path = Path(folder) / name
+        if not path.is_file() or path.is_symlink():
+            problems.append(f"{name}: missing")
+        elif path.stat().st_size != entry.size:
+            problems.append(f"{name}: {path.stat().st_size} bytes, manifest says {entry.size}")
+        elif hash_file(path) != entry:
+            problems.append(f"{name}: SHA-256 differs from the manifest")
+    return problems
+
+
+def read_checked_bytes(folder: Path, name: str, manifest: Manifest) -> bytes:
+    """Read a file whole and check its size and SHA-256 on those same bytes. Raises IntegrityError if they differ."""
+    entry = manifest.files.get(name)
+    if entry is None:
+        raise IntegrityError(f"`{folder}` has no entry for `{name}` in its manifest")
+    data = _read_regular(Path(folder) / name, entry.size)
+    if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise IntegrityError(
+            f"`{Path(folder) / name}` differs from its manifest: it was truncated, damaged or edited",
+            "make it again, or restore it from a copy",
+        )
+    return data
+
+
+def read_checked_tensors(folder: Path, name: str, manifest: Manifest) -> dict[str, Any]:
+    """Read a safetensors file named by `manifest` as torch tensors on the CPU, checked before it is parsed."""
+    return parse_tensors(read_checked_bytes(folder, name, manifest), Path(folder) / name)
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Read a safetensors file that has no manifest (somebody else's). Raises ArtifactError if it is damaged."""
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"`{path}` does not exist or is not a file")
+    return parse_tensors(_read_regular(path, path.stat().st_size), path)
+
+
+def parse_tensors(data: bytes, path: Path) -> dict[str, Any]:
+    """Parse safetensors bytes into torch tensors. `path` is for messages. Raises ArtifactError if they are damaged."""
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    check_tensor_header(data[: 8 + _MAX_HEADER], path)
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ArtifactError(f"`{path}` is not a whole safetensors file: {error}", "fetch or make it again") from None
+
+
+def check_tensor_header(start: bytes, path: Path) -> None:
+    """Refuse safetensors headers that the library accepts but no honest writer makes.
+
+    Over 16 MB, not starting with `{`, or naming one tensor twice (safetensors 0.8.0 takes the last).
+    """
+    foreign = ArtifactError(
+        f"`{path}` is not a safetensors file", "varcli import reads .pth files, other commands do not"
+    )
+    if len(start) < 9:
+        raise foreign
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > _MAX_HEADER or start[8:9] != b"{":
+        if start.startswith(b"version https://git-lfs"):
+            raise ArtifactError(f"`{path}` is a git-lfs pointer, not the file itself", "run `git lfs pull`")
+        raise foreign
+    try:
+        json.loads(start[8 : 8 + length], object_pairs_hook=_refuse_duplicates)
+    except ValueError as error:
+        raise ArtifactError(f"`{path}` has a damaged safetensors header: {error}") from None
+
+
+def require_finite(tensors: Mapping[str, Any], where: str) -> None:
+    """Raise ArtifactError naming the tensors that hold NaN or infinity."""
+    import torch
+
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if bad:
+        shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
+        raise ArtifactError(f"{where} holds NaN or infinity in: {shown}", "the training that made it diverged")
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        raise ValueError("one name stands twice")
+    return dict(pairs)
+
+
+def _read_regular(path: Path, size: int) -> bytes:
+    """Read up to `size` + 1 bytes of a regular file without following a link."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ArtifactError(f"`{path}` is not a regular file")
+            return file.read(size + 1)
+    except OSError as error:
+        raise ArtifactError(f"cannot read `{path}`: {error.strerror}") from None

@@ -1,0 +1,149 @@
+"""The one way files are written: under a temporary name, flushed to disk, then renamed into place.
+
+A reader therefore sees the old file or the new one, never half of either (RELIABILITY rule: temporary
+name -> write -> fsync -> rename -> fsync of the folder).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from varcli.errors import ArtifactError
+
+TEMPORARY_PREFIX = ".tmp-"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on a clean exit it is synced and renamed to `path`.
+
+    The temporary file is removed if the body raises. Raises ArtifactError if the disk is full or not writable.
+    """
+    path = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise _write_error(path, error) from None
+    temporary = Path(name)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise _write_error(path, error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically, as UTF-8."""
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON value to `path` atomically, indented, keys in the order given."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Write torch tensors to a safetensors file atomically; they are made contiguous and moved to the CPU.
+
+    metadata: text stored in the header. Raises ArtifactError if the disk is full or not writable.
+    """
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        try:
+            safetensors.torch.save_file(ready, temporary, metadata=dict(metadata or {}))
+        except SafetensorError as error:  # the library wraps the operating system's error in its own text
+            if "No space left" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+            raise ArtifactError(f"cannot write `{path}`: {error}") from None
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write numpy arrays to an uncompressed npz atomically. Object arrays are refused with ArtifactError."""
+    import numpy as np
+
+    for name, array in arrays.items():
+        if np.asarray(array).dtype.hasobject:
+            raise ArtifactError(f"array `{name}` holds Python objects, which npz files of varcli never do")
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **dict(arrays))
+
+
+def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line to a log. A torn last line, which a crash can leave, is for the reader to skip."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise _write_error(path, error) from None
+
+
+def prepare_folder(folder: Path, need_bytes: int = 0) -> Path:
+    """Make `folder` and prove, before any compute, that it can be written and has room for `need_bytes`.
+
+    Leftover temporary files of a killed run are removed. Raises ArtifactError with path and reason.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
+            leftover.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(prefix=TEMPORARY_PREFIX, dir=folder) as probe:
+            probe.write(b"probe")
+        free_bytes = shutil.disk_usage(folder).free
+    except FileExistsError:
+        raise ArtifactError(f"`{folder}` is a file, but an output folder is needed", "choose another --out") from None
+    except OSError as error:
+        raise _write_error(folder, error) from None
+    if free_bytes < need_bytes:
+        raise ArtifactError(
+            f"`{folder}` has {free_bytes / 1e6:.0f} MB free, but about {need_bytes / 1e6:.0f} MB are needed",
+            "free some space or choose another --out",
+        )
+    return folder
+
+
+def _write_error(path: Path, error: OSError) -> ArtifactError:
+    hint = "choose another --out, or change its permissions"
+    if error.errno in _DISK_FULL:
+        hint = "free some space and run the same command again: what was finished is kept"
+    return ArtifactError(f"cannot write `{path}`: {error.strerror or error}", hint)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot fsync a folder
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

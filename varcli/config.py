@@ -1,0 +1,111 @@
+"""Configs: frozen dataclasses that read from TOML, from `key=value`, and go to and from JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from varcli.errors import ConfigError, unknown_name
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a config's fields as JSON-ready values: tuples become lists, paths become text."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        elif isinstance(value, Path):
+            value = str(value)
+        values[field.name] = value
+    return values
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """Build a config from a mapping of field names, as read from JSON or TOML.
+
+    Raises ConfigError for an unknown key (naming the nearest) or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    for key in values:
+        if key not in names:
+            raise unknown_name("config key", key, names)
+    return cls(**{key: _convert(key, value, hints[key]) for key, value in values.items()})
+
+
+def replace(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return `config` with some fields changed, checked as in `from_dict`."""
+    return from_dict(type(config), {**_init_values(config), **values})
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file. Raises ConfigError if it is missing or does not parse."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config `{path}`: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config `{path}` is not valid TOML: {error}") from None
+
+
+def parse_assignments(pairs: Iterable[str]) -> dict[str, Any]:
+    """Read `key=value` texts; a value is TOML where it parses (`0.1`, `true`, `[1, 2]`), else plain text; `none` is None."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"`--set` takes key=value, but got `{pair}`", "e.g. --set weight_decay=0.05")
+        try:
+            value: Any = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = None if text.strip().lower() == "none" else text.strip()
+        values[key.strip()] = value
+    return values
+
+
+def _init_values(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """Fit a JSON or TOML value to a field's annotation; raises ConfigError if it does not fit."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        choices = [argument for argument in arguments if argument is not type(None)]
+        for choice in choices[:-1]:
+            try:
+                return _convert(key, value, choice)
+            except ConfigError:
+                continue
+        return _convert(key, value, choices[-1])
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        inner = arguments[0]
+        return tuple(_convert(key, entry, inner) for entry in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise unknown_name(key, str(value), [str(argument) for argument in arguments])
+    if isinstance(hint, type) and isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+        return value
+    if hint is Any or origin is dict:
+        return value
+    wanted = getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"config key `{key}` takes {wanted}, but got {value!r}")

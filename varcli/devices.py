@@ -1,0 +1,51 @@
+"""Which device and which precision a command computes on."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from varcli.errors import ConfigError, unknown_name
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Turn "auto", "cpu", "cuda", "cuda:1" or "mps" into a device that is there.
+
+    "auto" takes CUDA, then MPS, then the CPU. Raises ConfigError if the device asked for is missing.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise unknown_name("device", name, ["auto", "cpu", "cuda", "mps"]) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device `cuda` was asked for, but torch sees no CUDA GPU", "use --device cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device `{name}` was asked for, but there are {torch.cuda.device_count()} CUDA GPUs")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device `mps` was asked for, but torch sees no Apple GPU", "use --device cpu or auto")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise unknown_name("device", name, ["auto", "cpu", "cuda", "mps"])
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """Turn "auto", "fp32", "bf16" or "fp16" into a dtype; "auto" is bf16 on CUDA and fp32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in PRECISIONS:
+        raise unknown_name("precision", name, ["auto", *PRECISIONS])
+    return PRECISIONS[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Autocast to `dtype` on `device`; for float32 a context that does nothing."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
