@@ -1,0 +1,83 @@
+"""What every tokenizer is: its config, and the contract between images, feature maps and codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from varcli.errors import ConfigError
+from varcli.scales import NAMED_SCHEDULES, PatchNums
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Architecture of a multi-scale residual VQ tokenizer; the defaults are the released one for 256 px.
+
+    Source: VAR, arXiv:2404.02905, and its released weights `vae_ch160v4096z32`.
+    """
+
+    patch_nums: tuple[int, ...] = NAMED_SCHEDULES["256"]  # sides of the token maps, coarse to fine
+    vocab_size: int = 4096  # code vectors in the codebook
+    code_channels: int = 32  # channels of one code vector
+    width: int = 160  # channels at full resolution
+    channel_multipliers: tuple[int, ...] = (
+        1,
+        1,
+        2,
+        2,
+        4,
+    )  # width of each level over `width`; one halving between levels
+    num_res_blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    dropout: float = 0.0  # inside residual blocks, while training
+    quant_conv_kernel: int = 3  # side of the convolutions around the quantizer, odd
+    phi_residual: float = 0.5  # share of the convolution in phi; 0 makes phi the identity
+    num_phis: int = 4  # phi convolutions shared by neighbouring scales; 1 shares one, 0 gives each scale its own
+    cosine_codes: bool = False  # choose codes by angle instead of distance
+    commitment_weight: float = 0.25  # beta, weight of the loss that pulls features to their codes
+
+    def __post_init__(self) -> None:
+        PatchNums(self.patch_nums)
+        if min(self.vocab_size, self.code_channels, self.width, self.num_res_blocks) < 1:
+            raise ConfigError("vocab_size, code_channels, width and num_res_blocks must be at least 1")
+        if not self.channel_multipliers or any((self.width * m) % 32 for m in self.channel_multipliers):
+            raise ConfigError(
+                f"every level needs a multiple of 32 channels (group norm has 32 groups), but width {self.width} "
+                f"times {self.channel_multipliers} does not give that",
+                "use a width that is a multiple of 32",
+            )
+        if self.quant_conv_kernel % 2 == 0:
+            raise ConfigError(f"quant_conv_kernel must be odd, but is {self.quant_conv_kernel}")
+        if self.num_phis < 0:
+            raise ConfigError(f"num_phis must be 0 or more, but is {self.num_phis}")
+
+    @property
+    def scales(self) -> PatchNums:
+        """The schedule of scales."""
+        return PatchNums(self.patch_nums)
+
+    @property
+    def downsampling(self) -> int:
+        """Image side over latent grid side: 8 for four levels, 16 for five."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images whose latent grid is the finest token map."""
+        return self.downsampling * self.scales.grid_side
+
+
+class Tokenizer(Protocol):
+    """Images to codes and back. B images, L codes of all scales, Z code channels, h = w latent grid side."""
+
+    config: TokenizerConfig
+
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Images in [-1, 1] to int64 codes (B, L), coarse to fine."""
+
+    def decode(self, f_hat_BZhw: Tensor) -> Tensor:
+        """Feature maps to images (B, 3, H, W), clamped to [-1, 1]."""
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with any weight or setting; ties a codes cache to its tokenizer."""

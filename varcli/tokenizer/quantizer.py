@@ -1,0 +1,182 @@
+"""The multi-scale residual quantizer: a feature map to K token maps, and back.
+
+Each scale encodes what the coarser ones left over: the leftover is shrunk to the scale's side, every vector is
+replaced by its nearest code, and the codes, enlarged and passed through phi, join the running reconstruction.
+Source: VAR, arXiv:2404.02905, Alg. 1 and 2; details from its released weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varcli.errors import ShapeError
+from varcli.shapes import check_shape
+from varcli.tokenizer.base import TokenizerConfig
+
+
+def assign_phis(num_scales: int, num_phis: int) -> list[int]:
+    """Return which phi convolution each of `num_scales` scales uses.
+
+    num_phis: 1 shares one, 0 gives each scale its own, else the phi whose tick is nearest to k / (K - 1).
+    For 4 phis and 10 scales two positions are exact ties, so float64 rounding decides and the expression is part of
+    the format: it must stay as the released weights were trained with it.
+    """
+    if num_phis == 1 or num_scales == 1:
+        return [0] * num_scales
+    count = num_phis or num_scales
+    edge = 1 / 3 / count if count == 4 else 1 / 2 / count
+    ticks = np.linspace(edge, 1 - edge, count)
+    return [int(np.argmin(np.abs(ticks - scale / (num_scales - 1)))) for scale in range(num_scales)]
+
+
+class MultiScaleQuantizer(nn.Module):
+    """Codebook, phi convolutions, and the walk over scales. All arithmetic is float32, whatever autocast says."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.scales = config.scales
+        self.vocab_size = config.vocab_size
+        self.code_channels = config.code_channels
+        self.phi_residual = abs(config.phi_residual)
+        self.cosine_codes = config.cosine_codes
+        self.commitment_weight = config.commitment_weight
+        self.codebook = nn.Embedding(config.vocab_size, config.code_channels)
+        self.phi_of_scale = assign_phis(self.scales.num_scales, config.num_phis)
+        num_convs = (config.num_phis or self.scales.num_scales) if self.phi_residual > 1e-6 else 0
+        self.phis = nn.ModuleList(
+            nn.Conv2d(config.code_channels, config.code_channels, 3, padding=1) for _ in range(num_convs)
+        )
+        # how often each scale uses each code, for the training log; carried along with released weights
+        self.register_buffer("usage_KV", torch.zeros(self.scales.num_scales, config.vocab_size))
+
+    # -- codes to features ---------------------------------------------------------------------------------------
+
+    def lookup(self, codes_Bl: Tensor) -> Tensor:
+        """Return the code vectors (B, l, Z) of codes in [0, V)."""
+        return self.codebook(codes_Bl)
+
+    def phi(self, h_BZhw: Tensor, scale: int) -> Tensor:
+        """Blend an enlarged scale with its convolution: (1 - r) h + r conv(h)."""
+        if not self.phis:
+            return h_BZhw
+        convolved = self.phis[self.phi_of_scale[scale]](h_BZhw)
+        return h_BZhw * (1 - self.phi_residual) + convolved * self.phi_residual
+
+    def contribution(self, vectors_BlZ: Tensor, scale: int) -> Tensor:
+        """Return what the vectors of one scale add to f_hat: (B, l, Z) -> float32 (B, Z, h, w)."""
+        batch, _, channels = vectors_BlZ.shape
+        side, grid_side = self.scales.sides[scale], self.scales.grid_side
+        with torch.autocast(vectors_BlZ.device.type, enabled=False):
+            h = vectors_BlZ.float().transpose(1, 2).reshape(batch, channels, side, side)
+            if scale != self.scales.num_scales - 1:
+                h = F.interpolate(h, size=(grid_side, grid_side), mode="bicubic")
+            return self.phi(h.contiguous(), scale)
+
+    def advance(self, f_hat_BZhw: Tensor, vectors_BlZ: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
+        """Add one scale to f_hat, and shrink the sum to what the transformer reads for the next scale.
+
+        Returns (f_hat, features (B, l_next, Z)); the features are None after the last scale.
+        """
+        f_hat_BZhw = f_hat_BZhw + self.contribution(vectors_BlZ, scale)
+        if scale == self.scales.num_scales - 1:
+            return f_hat_BZhw, None
+        next_side = self.scales.sides[scale + 1]
+        shrunk = F.interpolate(f_hat_BZhw, size=(next_side, next_side), mode="area")
+        return f_hat_BZhw, shrunk.flatten(2).transpose(1, 2)
+
+    def running_f_hat(self, codes_BL: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield, scale by scale, f_hat (B, Z, h, w) so far and the next scale's features (B, l_next, Z) or None."""
+        f_hat = self.empty_f_hat(codes_BL.shape[0], codes_BL.device)
+        for scale, codes_Bl in enumerate(self.split(codes_BL)):
+            f_hat, features = self.advance(f_hat, self.lookup(codes_Bl), scale)
+            yield f_hat, features
+
+    def embed(self, codes_BL: Tensor) -> Tensor:
+        """Return the full reconstruction f_hat of all scales, float32 (B, Z, h, w).
+
+        Raises ShapeError if codes are not (B, L) integers.
+        """
+        return [f_hat for f_hat, _ in self.running_f_hat(codes_BL)][-1]
+
+    def teacher_forcing_input(self, codes_BL: Tensor) -> Tensor:
+        """Build the features the transformer reads while learning every scale but the first.
+
+        codes_BL: indices in [0, V), scales concatenated coarse to fine; the last scale's are not used.
+        Returns float32 (B, L - l_0, Z); position i is aligned with the code predicted there.
+        Raises ShapeError if codes are not (B, L) integers. Source: VAR, arXiv:2404.02905, Sec. 3.2.
+        """
+        features = [features for _, features in self.running_f_hat(codes_BL) if features is not None]
+        if not features:
+            return torch.zeros(codes_BL.shape[0], 0, self.code_channels, device=codes_BL.device)
+        return torch.cat(features, dim=1)
+
+    def empty_f_hat(self, batch: int, device: torch.device) -> Tensor:
+        """Return the zero map (B, Z, h, w) from which f_hat grows."""
+        side = self.scales.grid_side
+        return torch.zeros(batch, self.code_channels, side, side, device=device)
+
+    def split(self, codes_BL: Tensor) -> tuple[Tensor, ...]:
+        """Cut codes of all scales into one (B, l) tensor a scale. Raises ShapeError if L or the dtype is wrong."""
+        check_shape("codes", codes_BL, ("B", self.scales.seq_len))
+        if codes_BL.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(f"codes must be int64 or int32, but are {codes_BL.dtype}")
+        return codes_BL.split(self.scales.step_lengths, dim=1)
+
+    # -- features to codes ---------------------------------------------------------------------------------------
+
+    def nearest(self, vectors_NZ: Tensor) -> Tensor:
+        """Return the int64 index of each vector's code: least squared distance, or least angle with cosine codes."""
+        table = self.codebook.weight
+        if self.cosine_codes:
+            return (F.normalize(vectors_NZ, dim=-1) @ F.normalize(table, dim=-1).T).argmax(dim=1)
+        squares = vectors_NZ.square().sum(dim=1, keepdim=True) + table.square().sum(dim=1)
+        return torch.addmm(squares, vectors_NZ, table.T, alpha=-2.0).argmin(dim=1)
+
+    @torch.no_grad()
+    def encode(self, f_BZhw: Tensor) -> Tensor:
+        """Return the codes (B, L), int64, coarse to fine, of a feature map (B, Z, h, w)."""
+        check_shape("features", f_BZhw, ("B", self.code_channels, self.scales.grid_side, self.scales.grid_side))
+        with torch.autocast(f_BZhw.device.type, enabled=False):
+            f_rest = f_BZhw.float()
+            codes = []
+            for scale in range(self.scales.num_scales):
+                codes.append(self._choose(f_rest, scale))
+                f_rest = f_rest - self.contribution(self.lookup(codes[-1]), scale)
+        return torch.cat(codes, dim=1)
+
+    def forward(self, f_BZhw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize while training.
+
+        Returns (straight-through f_hat (B, Z, h, w), loss, codes (B, L)). The loss is the mean over scales of
+        beta * |sg(f_hat) - f|^2 + |f_hat - sg(f)|^2 on the running f_hat, so that every scale's error reaches the
+        codes of all coarser scales; f_hat's gradient passes to the encoder alone.
+        """
+        with torch.autocast(f_BZhw.device.type, enabled=False):
+            f = f_BZhw.float()
+            f_detached = f.detach()
+            f_rest = f_detached
+            f_hat = torch.zeros_like(f)
+            loss = f.new_zeros(())
+            codes = []
+            for scale in range(self.scales.num_scales):
+                codes.append(self._choose(f_rest, scale))
+                h = self.contribution(self.lookup(codes[-1]), scale)
+                f_hat = f_hat + h
+                f_rest = f_rest - h.detach()
+                loss = loss + self.commitment_weight * F.mse_loss(f_hat.detach(), f) + F.mse_loss(f_hat, f_detached)
+            straight_through = f_hat.detach() - f_detached + f
+        return straight_through, loss / self.scales.num_scales, torch.cat(codes, dim=1)
+
+    @torch.no_grad()
+    def _choose(self, f_rest_BZhw: Tensor, scale: int) -> Tensor:
+        """Shrink what is left over to one scale and pick its codes (B, l)."""
+        if scale != self.scales.num_scales - 1:
+            side = self.scales.sides[scale]
+            f_rest_BZhw = F.interpolate(f_rest_BZhw, size=(side, side), mode="area")
+        vectors = f_rest_BZhw.permute(0, 2, 3, 1).reshape(-1, self.code_channels)
+        return self.nearest(vectors).view(f_rest_BZhw.shape[0], -1)
