@@ -1,0 +1,68 @@
+"""Tiny models and images that every room's tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Keep float sums repeatable and leave the other core to the other test worker."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    """A random f8 tokenizer for 32 px: patch_nums (1, 2, 4), 16 codes of 8 channels; about 0.5 M parameters."""
+    import torch
+
+    from varcli.tokenizer import VQVAE, TokenizerConfig
+
+    torch.manual_seed(0)
+    config = TokenizerConfig(
+        patch_nums=(1, 2, 4),
+        vocab_size=16,
+        code_channels=8,
+        width=32,
+        channel_multipliers=(1, 1, 1, 1),
+        num_res_blocks=1,
+        num_phis=2,
+    )
+    return VQVAE(config).eval()
+
+
+@pytest.fixture
+def tiny_transformer():
+    """A random transformer for `tiny_tokenizer` with 3 classes: depth 2, width 64."""
+    import torch
+
+    from varcli.transformer import Transformer, TransformerConfig
+
+    torch.manual_seed(1)
+    config = TransformerConfig(
+        step_lengths=(1, 4, 16), vocab_size=16, code_channels=8, num_classes=3, depth=2, width=64, num_heads=2
+    )
+    return Transformer(config).eval()
+
+
+@pytest.fixture
+def tiny_images(tmp_path: Path) -> Path:
+    """An image tree with train/ and val/: 3 classes of coloured 32 px PNGs, 5 and 2 a class."""
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    root = tmp_path / "images"
+    for split, count in (("train", 5), ("val", 2)):
+        for index, name in enumerate(("apple", "boat", "cat")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                pixels[:16, :, index] = 255
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
