@@ -129,6 +129,7 @@ class MultiScaleQuantizer(nn.Module):
 
     # -- features to codes ---------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def nearest(self, vectors_NZ: Tensor) -> Tensor:
         """Return the int64 index of each vector's code: least squared distance, or least angle with cosine codes."""
         table = self.codebook.weight
@@ -141,17 +142,18 @@ class MultiScaleQuantizer(nn.Module):
     def encode(self, f_BZhw: Tensor) -> Tensor:
         """Return the codes (B, L), int64, coarse to fine, of a feature map (B, Z, h, w)."""
         check_shape("features", f_BZhw, ("B", self.code_channels, self.scales.grid_side, self.scales.grid_side))
-        with torch.autocast(f_BZhw.device.type, enabled=False):
-            f_rest = f_BZhw.float()
-            codes = []
-            for scale in range(self.scales.num_scales):
-                codes.append(self._choose(f_rest, scale))
-                f_rest = f_rest - self.contribution(self.lookup(codes[-1]), scale)
-        return torch.cat(codes, dim=1)
+        return torch.cat([codes for _, codes in self._walk(f_BZhw)], dim=1)
 
-    def forward(self, f_BZhw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @torch.no_grad()
+    def leftovers(self, f_BZhw: Tensor) -> list[Tensor]:
+        """Return, scale by scale, the (B * l, Z) vectors that were matched to codes: what restarted codes are drawn from."""
+        return [vectors for vectors, _ in self._walk(f_BZhw)]
+
+    def forward(self, f_BZhw: Tensor, num_kept_B: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize while training.
 
+        num_kept_B: how many of the coarsest scales each image keeps, in [1, K]; None keeps all. Dropping fine scales
+        now and then makes the coarse ones carry meaning (quantizer dropout, arXiv:2410.01756).
         Returns (straight-through f_hat (B, Z, h, w), loss, codes (B, L)). The loss is the mean over scales of
         beta * |sg(f_hat) - f|^2 + |f_hat - sg(f)|^2 on the running f_hat, so that every scale's error reaches the
         codes of all coarser scales; f_hat's gradient passes to the encoder alone.
@@ -164,19 +166,28 @@ class MultiScaleQuantizer(nn.Module):
             loss = f.new_zeros(())
             codes = []
             for scale in range(self.scales.num_scales):
-                codes.append(self._choose(f_rest, scale))
+                codes.append(self.nearest(self._shrink(f_rest, scale)).view(f.shape[0], -1))
                 h = self.contribution(self.lookup(codes[-1]), scale)
-                f_hat = f_hat + h
                 f_rest = f_rest - h.detach()
+                f_hat = f_hat + (h if num_kept_B is None else h * (num_kept_B > scale).view(-1, 1, 1, 1))
                 loss = loss + self.commitment_weight * F.mse_loss(f_hat.detach(), f) + F.mse_loss(f_hat, f_detached)
             straight_through = f_hat.detach() - f_detached + f
         return straight_through, loss / self.scales.num_scales, torch.cat(codes, dim=1)
 
+    def _walk(self, f_BZhw: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, scale by scale, the leftover's vectors (B * l, Z) and the codes (B, l) chosen for them."""
+        with torch.autocast(f_BZhw.device.type, enabled=False):
+            f_rest = f_BZhw.float()
+            for scale in range(self.scales.num_scales):
+                vectors = self._shrink(f_rest, scale)
+                codes = self.nearest(vectors).view(f_rest.shape[0], -1)
+                yield vectors, codes
+                f_rest = f_rest - self.contribution(self.lookup(codes), scale)
+
     @torch.no_grad()
-    def _choose(self, f_rest_BZhw: Tensor, scale: int) -> Tensor:
-        """Shrink what is left over to one scale and pick its codes (B, l)."""
+    def _shrink(self, f_rest_BZhw: Tensor, scale: int) -> Tensor:
+        """Shrink what is left over to one scale's side, as (B * l, Z) vectors in row-major order."""
         if scale != self.scales.num_scales - 1:
             side = self.scales.sides[scale]
             f_rest_BZhw = F.interpolate(f_rest_BZhw, size=(side, side), mode="area")
-        vectors = f_rest_BZhw.permute(0, 2, 3, 1).reshape(-1, self.code_channels)
-        return self.nearest(vectors).view(f_rest_BZhw.shape[0], -1)
+        return f_rest_BZhw.permute(0, 2, 3, 1).reshape(-1, self.code_channels)

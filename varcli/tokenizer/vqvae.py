@@ -54,9 +54,12 @@ class VQVAE(nn.Module):
         """Return the decoder's images without the clamp, as training needs them."""
         return self.decoder(self.post_conv(f_hat_BZhw))
 
-    def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Training pass: (reconstruction (B, 3, H, W) not clamped, quantizer loss, codes (B, L))."""
-        f_hat, loss, codes_BL = self.quantizer(self.features(images_B3HW))
+    def forward(self, images_B3HW: Tensor, num_kept_B: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Training pass: (reconstruction (B, 3, H, W) not clamped, quantizer loss, codes (B, L)).
+
+        num_kept_B: see `MultiScaleQuantizer.forward`.
+        """
+        f_hat, loss, codes_BL = self.quantizer(self.features(images_B3HW), num_kept_B)
         return self.decode_raw(f_hat), loss, codes_BL
 
     @torch.no_grad()

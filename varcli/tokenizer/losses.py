@@ -1,0 +1,76 @@
+"""What a tokenizer is trained to keep: pixels, edges, perceived content, and realism."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varcli.pretrained.lite0 import load_lite0
+
+
+def pixel_loss(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Mean of L1 and L2 differences over (B, 3, H, W) images in [-1, 1]."""
+    difference = reconstructions - images
+    return difference.abs().mean() + difference.square().mean()
+
+
+class PerceptualLoss(nn.Module):
+    """Distance between two sets of images in the stages of a fixed network (EfficientNet-lite0).
+
+    As in LPIPS (arXiv:1801.03924), each stage's vectors are scaled to unit length before they are compared; there are
+    no learned channel weights, since none exist for this network.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.network = load_lite0(device)
+
+    def forward(self, images: Tensor, reconstructions: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1]; returns a scalar, with gradients for the reconstructions."""
+        with torch.no_grad():
+            wanted = self.network.stages(images)
+        distance = reconstructions.new_zeros((), dtype=torch.float32)
+        for want, have in zip(wanted, self.network.stages(reconstructions), strict=True):
+            difference = F.normalize(want.float(), dim=1, eps=1e-6) - F.normalize(have.float(), dim=1, eps=1e-6)
+            distance = distance + difference.square().sum(dim=1).mean()
+        return distance
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Hinge loss of a discriminator (arXiv:1705.02894): real above 1, fake below -1."""
+    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """Hinge loss of a generator: raise the discriminator's opinion of the fakes."""
+    return -fake_logits.mean()
+
+
+class LeCamPenalty(nn.Module):
+    """Keeps a discriminator near its own running averages, which steadies it on small sets (arXiv:2104.03310)."""
+
+    def __init__(self, decay: float = 0.99) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("real_mean", torch.zeros(()))
+        self.register_buffer("fake_mean", torch.zeros(()))
+
+    def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """Update the averages and return the squared hinge distance of each side from the other's average."""
+        with torch.no_grad():
+            self.real_mean.lerp_(real_logits.mean().float(), 1 - self.decay)
+            self.fake_mean.lerp_(fake_logits.mean().float(), 1 - self.decay)
+        return (
+            F.relu(real_logits - self.fake_mean).square().mean() + F.relu(self.real_mean - fake_logits).square().mean()
+        )
+
+
+def adaptive_weight(content_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
+    """Weight that gives the adversarial loss the same pull on the decoder's last layer as the content losses.
+
+    Source: VQGAN, arXiv:2012.09841, Eq. 7. Clamped to [0, 1e4]; carries no gradient.
+    """
+    (content_gradient,) = torch.autograd.grad(content_loss, last_layer, retain_graph=True)
+    (adversarial_gradient,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
+    return (content_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(0, 1e4).detach()
