@@ -1,0 +1,69 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from varcli.artifacts.verify import read_tensors
+from varcli.artifacts.write import atomic_path, prepare_folder, write_arrays, write_json, write_tensors
+from varcli.errors import ArtifactError
+
+
+def test_a_failing_writer_leaves_the_old_file_and_no_temporary(tmp_path):
+    path = tmp_path / "result.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("killed")
+    assert path.read_text() == '{\n "a": 1\n}\n'
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_full_or_broken_disk_is_one_error_and_keeps_the_old_file(tmp_path, monkeypatch, call, code):
+    path = tmp_path / "weights.safetensors"
+    write_tensors(path, {"a": torch.zeros(3)})
+
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(ArtifactError, match=r"cannot write .*weights\.safetensors"):
+            write_tensors(path, {"a": torch.ones(3)})
+    assert torch.equal(read_tensors(path)["a"], torch.zeros(3))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_tensors_come_back_with_their_types(tmp_path):
+    tensors = {"half": torch.randn(2, 3).half(), "codes": torch.arange(4).to(torch.uint16), "view": torch.eye(3).T}
+    write_tensors(tmp_path / "t.safetensors", tensors)
+    for name, tensor in read_tensors(tmp_path / "t.safetensors").items():
+        assert tensor.dtype == tensors[name].dtype
+        assert torch.equal(tensor, tensors[name])
+
+
+def test_object_arrays_are_never_written(tmp_path):
+    with pytest.raises(ArtifactError, match="Python objects"):
+        write_arrays(tmp_path / "a.npz", {"a": np.array([{}], dtype=object)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_is_proved_before_any_compute(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="is a file"):
+        prepare_folder(tmp_path / "file")
+    with pytest.raises(ArtifactError, match="MB free"):
+        prepare_folder(tmp_path / "out", need_bytes=10**18)
+
+
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
+    (tmp_path / ".tmp-abc.png").write_text("half")
+    prepare_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,75 @@
+"""Words everybody shares: errors, scales, configs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from varcli import config as configs
+from varcli.errors import ConfigError, unknown_name
+from varcli.scales import NAMED_SCHEDULES, PatchNums
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    """A nested config."""
+
+    rate: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    """A config with every kind of field."""
+
+    steps: int = 10
+    clip: float | None = 2.0
+    sides: tuple[int, ...] = (1, 2)
+    name: str = "x"
+    inner: Inner = Inner()
+
+
+def test_token_counts_of_the_published_schedules():
+    counts = {name: PatchNums(sides).seq_len for name, sides in NAMED_SCHEDULES.items()}
+    assert counts == {"256": 680, "512": 2240, "1024": 9451}
+
+
+@pytest.mark.parametrize("sides", [(), (0, 1), (4, 2)])
+def test_schedules_that_cannot_work_are_refused(sides):
+    with pytest.raises(ConfigError, match="patch_nums"):
+        PatchNums(sides)
+
+
+def test_schedules_parse_from_text():
+    assert PatchNums.parse("512").grid_side == 32
+    assert PatchNums.parse("1, 2,3").sides == (1, 2, 3)
+    with pytest.raises(ConfigError):
+        PatchNums.parse("1,two")
+
+
+def test_a_config_survives_its_json_form():
+    config = Outer(steps=3, clip=None, sides=(1, 4), inner=Inner(rate=0.5))
+    assert configs.from_dict(Outer, configs.to_dict(config)) == config
+
+
+def test_an_unknown_key_names_the_nearest():
+    with pytest.raises(ConfigError, match="stesp") as caught:
+        configs.from_dict(Outer, {"stesp": 3})
+    assert "steps" in caught.value.hint
+
+
+@pytest.mark.parametrize("values", [{"steps": "many"}, {"steps": True}, {"sides": 3}, {"clip": "x"}])
+def test_a_value_of_the_wrong_type_is_refused(values):
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        configs.from_dict(Outer, values)
+
+
+def test_assignments_read_as_toml_and_none():
+    pairs = ["steps=5", "clip=none", "sides=[1,3]", "name=my run"]
+    config = configs.replace(Outer(), configs.parse_assignments(pairs))
+    assert config == Outer(steps=5, clip=None, sides=(1, 3), name="my run")
+
+
+def test_an_unknown_name_lists_the_closest():
+    error = unknown_name("class", "golden retriver", [f"class {i}" for i in range(50)] + ["golden retriever"])
+    assert "golden retriever" in error.hint
