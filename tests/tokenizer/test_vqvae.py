@@ -78,5 +78,5 @@ def test_images_of_another_size_or_type_are_refused(tiny_tokenizer):
 
 
 def test_a_width_that_group_norm_cannot_split_is_refused():
-    with pytest.raises(ConfigError, match="multiple of 32"):
+    with pytest.raises(ConfigError, match="multiple of norm_groups"):
         TokenizerConfig(width=40)

@@ -12,25 +12,25 @@ from torch import Tensor, nn
 from varcli.tokenizer.base import TokenizerConfig
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm as everywhere in this autoencoder: 32 groups, eps 1e-6."""
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
 def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     """A 3x3 convolution that keeps the side."""
     return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
+def group_norm(channels: int, config: TokenizerConfig) -> nn.GroupNorm:
+    """The normalisation used throughout, eps 1e-6."""
+    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+
+
 class ResBlock(nn.Module):
     """Two normalised convolutions beside a skip path: (B, in, h, w) -> (B, out, h, w)."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+    def __init__(self, in_channels: int, out_channels: int, config: TokenizerConfig) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, config)
         self.conv1 = conv3x3(in_channels, out_channels)
-        self.norm2 = group_norm(out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = group_norm(out_channels, config)
+        self.dropout = nn.Dropout(config.dropout)
         self.conv2 = conv3x3(out_channels, out_channels)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
@@ -44,9 +44,9 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all positions of a map, with a residual path."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, config: TokenizerConfig) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, config)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
@@ -90,15 +90,17 @@ class Level(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
+        config: TokenizerConfig,
         num_blocks: int,
-        dropout: float,
         attend: bool,
         resample: nn.Module | None,
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.blocks = nn.ModuleList(ResBlock(a, b, dropout) for a, b in zip(widths, widths[1:], strict=False))
-        self.attentions = nn.ModuleList(AttentionBlock(out_channels) for _ in range(num_blocks if attend else 0))
+        self.blocks = nn.ModuleList(ResBlock(a, b, config) for a, b in zip(widths, widths[1:], strict=False))
+        self.attentions = nn.ModuleList(
+            AttentionBlock(out_channels, config) for _ in range(num_blocks if attend else 0)
+        )
         self.resample = resample if resample is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,11 +115,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, dropout: float) -> None:
+    def __init__(self, channels: int, config: TokenizerConfig) -> None:
         super().__init__()
-        self.block_1 = ResBlock(channels, channels, dropout)
-        self.attention = AttentionBlock(channels)
-        self.block_2 = ResBlock(channels, channels, dropout)
+        self.block_1 = ResBlock(channels, channels, config)
+        self.attention = AttentionBlock(channels, config)
+        self.block_2 = ResBlock(channels, channels, config)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the three blocks."""
@@ -125,26 +127,20 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) to features (B, Z, H/f, W/f), f = `config.downsampling`."""
+    """Images (B, 3, H, W) to features (B, Z, H/f, W/f), f = `config.downsampling`. `levels[0]` is full resolution."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         widths = [config.width * multiplier for multiplier in config.channel_multipliers]
         last = len(widths) - 1
         self.conv_in = conv3x3(3, config.width)
-        self.levels = nn.ModuleList(
-            Level(
-                widths[max(level - 1, 0)] if level else config.width,
-                widths[level],
-                config.num_res_blocks,
-                config.dropout,
-                attend=level == last,
-                resample=Downsample(widths[level]) if level < last else None,
-            )
-            for level in range(len(widths))
-        )
-        self.middle = Middle(widths[-1], config.dropout)
-        self.norm_out = group_norm(widths[-1])
+        self.levels = nn.ModuleList()
+        for level, width in enumerate(widths):
+            in_channels = widths[level - 1] if level else config.width
+            resample = Downsample(width) if level < last else None
+            self.levels.append(Level(in_channels, width, config, config.num_res_blocks, level == last, resample))
+        self.middle = Middle(widths[-1], config)
+        self.norm_out = group_norm(widths[-1], config)
         self.conv_out = conv3x3(widths[-1], config.code_channels)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
@@ -156,26 +152,20 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, Z, h, w) to images (B, 3, f*h, f*w). `levels` is indexed by resolution, 0 is the full one."""
+    """Features (B, Z, h, w) to images (B, 3, f*h, f*w). `levels[0]` is full resolution and comes last."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         widths = [config.width * multiplier for multiplier in config.channel_multipliers]
         last = len(widths) - 1
         self.conv_in = conv3x3(config.code_channels, widths[-1])
-        self.middle = Middle(widths[-1], config.dropout)
-        self.levels = nn.ModuleList(
-            Level(
-                widths[min(level + 1, last)],
-                widths[level],
-                config.num_res_blocks + 1,
-                config.dropout,
-                attend=level == last,
-                resample=Upsample(widths[level]) if level else None,
-            )
-            for level in range(len(widths))
-        )
-        self.norm_out = group_norm(widths[0])
+        self.middle = Middle(widths[-1], config)
+        self.levels = nn.ModuleList()
+        for level, width in enumerate(widths):
+            in_channels = widths[min(level + 1, last)]
+            resample = Upsample(width) if level else None
+            self.levels.append(Level(in_channels, width, config, config.num_res_blocks + 1, level == last, resample))
+        self.norm_out = group_norm(widths[0], config)
         self.conv_out = conv3x3(widths[0], 3)
 
     def forward(self, f_BZhw: Tensor) -> Tensor:

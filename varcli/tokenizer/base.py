@@ -30,6 +30,9 @@ class TokenizerConfig:
         4,
     )  # width of each level over `width`; one halving between levels
     num_res_blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    norm_groups: int = (
+        32  # groups of every group norm; small widths want fewer, since one channel a group loses its mean
+    )
     dropout: float = 0.0  # inside residual blocks, while training
     quant_conv_kernel: int = 3  # side of the convolutions around the quantizer, odd
     phi_residual: float = 0.5  # share of the convolution in phi; 0 makes phi the identity
@@ -41,11 +44,11 @@ class TokenizerConfig:
         PatchNums(self.patch_nums)
         if min(self.vocab_size, self.code_channels, self.width, self.num_res_blocks) < 1:
             raise ConfigError("vocab_size, code_channels, width and num_res_blocks must be at least 1")
-        if not self.channel_multipliers or any((self.width * m) % 32 for m in self.channel_multipliers):
+        if not self.channel_multipliers or any((self.width * m) % self.norm_groups for m in self.channel_multipliers):
             raise ConfigError(
-                f"every level needs a multiple of 32 channels (group norm has 32 groups), but width {self.width} "
+                f"every level needs a multiple of norm_groups = {self.norm_groups} channels, but width {self.width} "
                 f"times {self.channel_multipliers} does not give that",
-                "use a width that is a multiple of 32",
+                "change width or norm_groups",
             )
         if self.quant_conv_kernel % 2 == 0:
             raise ConfigError(f"quant_conv_kernel must be odd, but is {self.quant_conv_kernel}")

@@ -1,0 +1,1 @@
+"""Rates of each stage beside the device's own ceiling."""
