@@ -64,13 +64,3 @@ class LeCamPenalty(nn.Module):
         return (
             F.relu(real_logits - self.fake_mean).square().mean() + F.relu(self.real_mean - fake_logits).square().mean()
         )
-
-
-def adaptive_weight(content_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
-    """Weight that gives the adversarial loss the same pull on the decoder's last layer as the content losses.
-
-    Source: VQGAN, arXiv:2012.09841, Eq. 7. Clamped to [0, 1e4]; carries no gradient.
-    """
-    (content_gradient,) = torch.autograd.grad(content_loss, last_layer, retain_graph=True)
-    (adversarial_gradient,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
-    return (content_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(0, 1e4).detach()

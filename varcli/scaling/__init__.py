@@ -1,0 +1,1 @@
+"""Arithmetic and laws of size: numbers about models, without the models."""
