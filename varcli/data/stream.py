@@ -1,0 +1,302 @@
+"""Many images, in order, decoded by several processes, with a bounded amount of them in memory."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from varcli.config import to_dict
+from varcli.data.paths import escape_path
+from varcli.data.views import DecodeConfig
+from varcli.data.worker import receive, run_task, send
+from varcli.errors import DataError, unknown_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from varcli.data.images import ImageTree
+
+_ROWS_PER_TASK = 32  # 6 MB of 256 px images: large beside the cost of a message, small beside the memory
+_TASKS_PER_WORKER = 2  # in flight, so that none waits for the parent
+_MAX_WORKERS = 16  # chosen by default; decoding for one GPU needs no more
+
+Result = tuple[dict[str, Any], np.ndarray]
+
+
+@dataclass(frozen=True)
+class DecodedBatch:
+    """Some rows of the stream; a row is one view of one image."""
+
+    images: Tensor  # uint8 (n, 3, size, size)
+    indices: np.ndarray  # int64 (n,), positions in the split
+    views: np.ndarray  # int64 (n,)
+    labels: np.ndarray  # int64 (n,)
+    requested: np.ndarray  # int64, positions of all images this batch stands for, with those that gave no row
+    skipped: list[tuple[str, str]]  # (path, reason) of images that gave no row, in order
+    skipped_indices: np.ndarray  # int64, their positions
+    converted: Counter[str]  # images by what was converted, e.g. {"grey": 3}
+
+
+def default_workers() -> int:
+    """Return the number of processes used where none is given: one a core this process may use, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MAX_WORKERS)
+
+
+def decode_images(
+    tree: ImageTree,
+    split: str,
+    config: DecodeConfig,
+    indices: Iterable[int] | None = None,
+    views: int | Iterable[int] = 1,
+    workers: int | None = None,
+    batch_size: int = 256,
+) -> Iterator[DecodedBatch]:
+    """Decode images of one split in the order of `indices`, all views of an image one after the other.
+
+    indices: positions in the split, all by default. views: how many views of each image, or their numbers.
+    workers: processes; 0 decodes in this one, None chooses. batch_size: rows asked for at a time, rounded to whole
+    images; skipped images make a batch shorter. Rows do not depend on workers or batch_size.
+    Raises DataError for an unknown split, or if a worker is killed.
+    """
+    numbers = tuple(range(views) if isinstance(views, int) else views)
+    wanted = range(len(_split(tree, split))) if indices is None else indices
+    pairs = ((int(index), view) for index in wanted for view in numbers)
+    return _decode(tree, split, config, pairs, workers, batch_size, unit=max(1, len(numbers)))
+
+
+def decode_pairs(
+    tree: ImageTree,
+    split: str,
+    config: DecodeConfig,
+    pairs: Iterable[tuple[int, int]],
+    workers: int | None = None,
+    batch_size: int = 256,
+) -> Iterator[DecodedBatch]:
+    """Decode a stream of (index, view) pairs, which may be endless; the rest is as in `decode_images`.
+
+    Neighbours with one index share its decoding.
+    """
+    return _decode(tree, split, config, pairs, workers, batch_size, unit=1)
+
+
+def _decode(
+    tree: ImageTree,
+    split: str,
+    config: DecodeConfig,
+    pairs: Iterable[tuple[int, int]],
+    workers: int | None,
+    batch_size: int,
+    unit: int,
+) -> Iterator[DecodedBatch]:
+    """Decode pairs; `unit` rows belong to one image and stay in one task."""
+    chosen = _split(tree, split)
+    flips = np.isin(np.arange(len(tree.classes)), [tree.classes.index(name) for name in _flip_classes(tree, config)])
+    batch_size = max(1, batch_size // unit) * unit
+    chunks = _chunks(pairs, batch_size, max(1, _ROWS_PER_TASK // unit) * unit)
+    tasks = (_Task.build(tree.root, chosen, config, flips, rows) for rows in chunks)
+    for batch in _group(_run(tasks, default_workers() if workers is None else workers), batch_size):
+        yield _join(batch, chosen, config)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Some images to decode; `num_rows` counts what was asked for, and closes a batch."""
+
+    indices: list[int]
+    paths: list[str]
+    num_rows: int
+    header: dict[str, Any]
+    raw: bytes
+
+    @classmethod
+    def build(
+        cls, root: Path, split: Any, config: DecodeConfig, flips: np.ndarray, rows: list[tuple[int, int]]
+    ) -> _Task:
+        indices, images = [], []
+        for index, group in itertools.groupby(rows, key=lambda pair: pair[0]):
+            indices.append(index)
+            images.append((split.paths[index], [int(view) for _, view in group], bool(flips[split.labels[index]])))
+        pixels = None if split.pixels is None else split.pixels[indices]
+        header = {
+            "config": to_dict(config),
+            "root": str(root),
+            "shape": None if pixels is None else pixels.shape,
+            "images": images,
+        }
+        paths = [path for path, _, _ in images]
+        return cls(indices, paths, len(rows), header, b"" if pixels is None else pixels.tobytes())
+
+
+def _split(tree: ImageTree, name: str) -> Any:
+    if name not in tree.splits:
+        raise unknown_name("split", name, tree.splits, DataError)
+    return tree.splits[name]
+
+
+def _flip_classes(tree: ImageTree, config: DecodeConfig) -> tuple[str, ...]:
+    for name in config.flip_classes:
+        if name not in tree.classes:
+            raise unknown_name("class", name, tree.classes, DataError)
+    return config.flip_classes
+
+
+def _chunks(pairs: Iterable[tuple[int, int]], batch_size: int, task_size: int) -> Iterator[list[tuple[int, int]]]:
+    """Cut the stream into tasks that never reach over the end of a batch."""
+    stream = iter(pairs)
+    left = batch_size
+    while rows := list(itertools.islice(stream, min(task_size, left))):
+        yield rows
+        left = left - len(rows) or batch_size
+
+
+def _group(results: Iterator[tuple[_Task, Result]], batch_size: int) -> Iterator[list[tuple[_Task, Result]]]:
+    batch, num_rows = [], 0
+    for task, result in results:
+        batch.append((task, result))
+        num_rows += task.num_rows
+        if num_rows >= batch_size:
+            yield batch
+            batch, num_rows = [], 0
+    if batch:
+        yield batch
+
+
+def _join(batch: list[tuple[_Task, Result]], split: Any, config: DecodeConfig) -> DecodedBatch:
+    import torch
+
+    indices, views, requested, skipped, skipped_indices, converted = [], [], [], [], [], Counter()
+    for task, (header, _) in batch:
+        requested.extend(task.indices)
+        skipped_indices.extend(task.indices[number] for number, _ in header["skipped"])
+        indices.extend(task.indices[number] for number, _ in header["rows"])
+        views.extend(view for _, view in header["rows"])
+        skipped.extend((task.paths[number], reason) for number, reason in header["skipped"])
+        converted.update(header["converted"])
+    images = torch.from_numpy(np.concatenate([pixels for _, (_, pixels) in batch]))
+    where = np.asarray(indices, np.int64)
+    return DecodedBatch(
+        images=images,
+        indices=where,
+        views=np.asarray(views, np.int64),
+        labels=split.labels[where].astype(np.int64),
+        requested=np.asarray(requested, np.int64),
+        skipped=skipped,
+        skipped_indices=np.asarray(skipped_indices, np.int64),
+        converted=converted,
+    )
+
+
+def _run(tasks: Iterator[_Task], num_workers: int) -> Iterator[tuple[_Task, Result]]:
+    """Run tasks and yield results in order; a thread a worker waits for it, so this one is free."""
+    if num_workers <= 0:
+        yield from ((task, run_task(task.header, task.raw)) for task in tasks)
+        return
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    pending: deque[tuple[_Task, Future[Result]]] = deque()
+
+    def call(task: _Task) -> Result:
+        worker = idle.get()
+        try:
+            return worker.call(task)
+        finally:
+            idle.put(worker)
+
+    with ThreadPoolExecutor(num_workers) as threads, _workers(num_workers) as started:
+        for worker in started:
+            idle.put(worker)
+        try:
+            for task in tasks:
+                pending.append((task, threads.submit(call, task)))
+                if len(pending) >= num_workers * _TASKS_PER_WORKER:
+                    first, future = pending.popleft()
+                    yield first, future.result()
+            while pending:
+                first, future = pending.popleft()
+                yield first, future.result()
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+class _Worker:
+    """One process, and the pipes to it."""
+
+    def __init__(self) -> None:
+        package_root = str(Path(__file__).resolve().parents[2])
+        paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop()
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "varcli.data.worker"],  # -P: a PIL.py in the current folder is not imported
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.stderr,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            start_new_session=True,  # Ctrl-C is the parent's to handle; the worker ends with its stdin
+        )
+
+    def call(self, task: _Task) -> Result:
+        """Have one task done. Raises DataError if the process is gone."""
+        answer = None
+        with suppress(OSError, ValueError):  # a broken or closed pipe
+            send(_pipe(self.process.stdin), task.header, task.raw)
+            answer = receive(_pipe(self.process.stdout))
+        if answer is None:
+            raise self._death(task)
+        header, raw = answer
+        if "error" in header:
+            raise RuntimeError(f"an image worker failed:\n{header['error']}")
+        size = task.header["config"]["size"]
+        return header, np.frombuffer(raw, np.uint8).reshape(-1, 3, size, size)
+
+    def _death(self, task: _Task) -> DataError:
+        code = self.process.wait()
+        self.stderr.seek(0)
+        last_line = self.stderr.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+        how = f"exit code {code}: {last_line}"
+        hint = None
+        if code < 0:
+            how = signal.Signals(-code).name
+            hint = "if the machine ran out of memory, use fewer --workers; if it happens again, remove these images"
+        first, last = escape_path(task.paths[0]), escape_path(task.paths[-1])
+        return DataError(f"an image worker died ({how}) between `{first}` and `{last}`", hint)
+
+    def stop(self) -> None:
+        """End the process, whatever it does."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with suppress(OSError):
+                _pipe(pipe).close()
+        self.stderr.close()
+
+
+@contextmanager
+def _workers(count: int) -> Iterator[list[_Worker]]:
+    """Start processes; on the way out they are killed, which also frees the threads that wait for them."""
+    started: list[_Worker] = []
+    try:
+        for _ in range(count):
+            started.append(_Worker())
+        yield started
+    finally:
+        for worker in started:
+            worker.stop()
+
+
+def _pipe(pipe: Any) -> BinaryIO:
+    return pipe

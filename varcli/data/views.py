@@ -1,0 +1,133 @@
+"""From a decoded image to the square the tokenizer reads: resize, crop, and small changes that keep the class.
+
+Each view is a pure function of (seed, image path, view number), so neither workers nor batches nor restarts change it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from varcli.data.decode import MAX_PIXELS, UnusableImage
+from varcli.errors import ConfigError
+
+_OVERSAMPLE = 3  # small images are turned and shifted at this multiple, so that they stay sharp
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How images become squares of `size` pixels.
+
+    crop "center" and "random" follow VAR (arXiv:2404.02905): the shorter edge is resized to round(resize_ratio * size)
+    with Lanczos, then a square is cut. "none" cuts nothing away: the longer edge is resized to `size` (not at all where
+    it has that length) and the rest is filled.
+    """
+
+    size: int  # pixels, side of the result
+    crop: Literal["center", "random", "none"] = "center"
+    resize_ratio: float = 1.125  # shorter edge before the crop, as a multiple of size
+    augment: Literal["none", "shift"] = "none"  # "shift" turns, scales and moves view 1, 2, ...; needs crop "none"
+    max_rotation: float = 8.0  # degrees to either side, for "shift"
+    max_scaling: float = 0.1  # fraction to either side, for "shift"
+    max_shift: float = 0.06  # fraction of size to each side, for "shift"
+    flip_classes: tuple[str, ...] = ()  # classes of which every second view is mirrored, the unaugmented one not
+    fill: tuple[int, ...] = (255, 255, 255)  # RGB around an image that does not fill the square
+    seed: int = 0  # of every random choice
+    max_pixels: int = MAX_PIXELS  # larger images, before or after the resize, are skipped
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.resize_ratio < 1:
+            raise ConfigError(f"size must be >= 1 and resize_ratio >= 1, but they are {self.size}, {self.resize_ratio}")
+        if self.augment == "shift" and self.crop != "none":
+            raise ConfigError(f"augment `shift` needs crop `none`, but crop is `{self.crop}`")
+        if self.augment not in ("none", "shift") or self.crop not in ("center", "random", "none"):
+            raise ConfigError(f"crop is center, random or none and augment none or shift: {self.crop}, {self.augment}")
+        if len(self.fill) != 3 or not all(0 <= value <= 255 for value in self.fill):
+            raise ConfigError(f"fill must be three values in [0, 255], but is {self.fill}")
+        if not (0 <= self.max_scaling < 1 and 0 <= self.max_shift < 1 and 0 <= self.max_rotation <= 180):
+            raise ConfigError("max_scaling and max_shift must be in [0, 1), max_rotation in [0, 180]")
+
+
+def prepare(image: Image.Image, config: DecodeConfig) -> Image.Image:
+    """Do the part that all views of an RGB image share: the resize, and for crop "none" the padding.
+
+    Raises UnusableImage if the result would be larger than max_pixels (a very long, thin image).
+    """
+    width, height = image.size
+    if config.crop == "none":
+        scale = config.size / max(width, height)
+        target = (max(1, round(width * scale)), max(1, round(height * scale)))
+        image = _resize(image, target, config)
+        if target == (config.size, config.size):
+            return image
+        square = Image.new("RGB", (config.size, config.size), config.fill)
+        square.paste(image, ((config.size - target[0]) // 2, (config.size - target[1]) // 2))
+        return square
+    short = round(config.resize_ratio * config.size)
+    # the longer edge is cut to a whole number, not rounded: as torchvision's Resize, which VAR uses
+    if width <= height:
+        return _resize(image, (short, int(short * height / width)), config)
+    return _resize(image, (int(short * width / height), short), config)
+
+
+def cut_view(prepared: Image.Image, config: DecodeConfig, path: str, view: int, flip: bool) -> np.ndarray:
+    """Make one view of an image that went through `prepare`.
+
+    flip: whether its class is one of flip_classes. Returns uint8 (3, size, size).
+    """
+    random = _generator(config.seed, path, view)
+    width, height = prepared.size
+    size = config.size
+    if config.crop == "none":
+        if config.augment == "shift" and view > 0:
+            prepared = _shift(prepared, config, random)
+    elif config.crop == "center":
+        # rounded half to even, as torchvision's CenterCrop
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        prepared = prepared.crop((left, top, left + size, top + size))
+    else:
+        left, top = int(random.integers(width - size + 1)), int(random.integers(height - size + 1))
+        prepared = prepared.crop((left, top, left + size, top + size))
+    is_plain = view == 0 and config.crop != "random"
+    if flip and not is_plain and random.random() < 0.5:
+        prepared = prepared.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.ascontiguousarray(np.asarray(prepared).transpose(2, 0, 1))
+
+
+def _resize(image: Image.Image, target: tuple[int, int], config: DecodeConfig) -> Image.Image:
+    if image.size == target:
+        return image
+    if target[0] * target[1] > config.max_pixels:
+        raise UnusableImage(f"{image.width} x {image.height} is too long and thin to resize")
+    return image.resize(target, Image.Resampling.LANCZOS)
+
+
+def _shift(image: Image.Image, config: DecodeConfig, random: np.random.Generator) -> Image.Image:
+    """Turn, scale and move a square image a little; what comes in from outside is `fill`."""
+    angle = np.deg2rad(random.uniform(-config.max_rotation, config.max_rotation))
+    scale = 1 + random.uniform(-config.max_scaling, config.max_scaling)
+    shift = random.uniform(-config.max_shift, config.max_shift, 2) * config.size
+    side = config.size * _OVERSAMPLE
+    cosine, sine = np.cos(angle) / scale, np.sin(angle) / scale
+    middle = side / 2
+    # PIL asks where each output pixel comes from: the inverse map, turned about the middle
+    offset_x = middle - cosine * (middle + shift[0] * _OVERSAMPLE) - sine * (middle + shift[1] * _OVERSAMPLE)
+    offset_y = middle + sine * (middle + shift[0] * _OVERSAMPLE) - cosine * (middle + shift[1] * _OVERSAMPLE)
+    large = image.resize((side, side), Image.Resampling.LANCZOS).transform(
+        (side, side),
+        Image.Transform.AFFINE,
+        (cosine, sine, offset_x, -sine, cosine, offset_y),
+        Image.Resampling.BICUBIC,
+        fillcolor=config.fill,
+    )
+    return large.resize((config.size, config.size), Image.Resampling.LANCZOS)
+
+
+def _generator(seed: int, path: str, view: int) -> np.random.Generator:
+    name = f"{seed}|{view}|".encode() + path.encode("utf-8", "surrogateescape")
+    key = np.frombuffer(hashlib.blake2b(name, digest_size=16).digest(), np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
