@@ -50,6 +50,12 @@ class LockedError(ArtifactError):
     exit_code = 5
 
 
+class SkipLimitError(DataError):
+    """More inputs were skipped than allowed; what was finished is kept."""
+
+    exit_code = 6
+
+
 class NumericError(VarcliError):
     """Training stopped because the loss is no longer a number."""
 

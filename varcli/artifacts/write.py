@@ -23,10 +23,12 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on a clean exit it is synced and renamed to `path`.
 
-    The temporary file is removed if the body raises. Raises ArtifactError if the disk is full or not writable.
+    durable: False leaves out the sync: for many small files of which a later manifest holds the hashes, where a power
+    loss may cost some but a kill costs none. The temporary file is removed if the body raises. Raises ArtifactError if
+    the disk is full or not writable.
     """
     path = Path(path)
     try:
@@ -37,19 +39,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        _sync(temporary)
+        if durable:
+            _sync(temporary)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-        _sync(path.parent)
+        if durable:
+            _sync(path.parent)
     except OSError as error:
         raise _write_error(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically."""
-    with atomic_path(path) as temporary:
+def write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
+    """Write `data` to `path` atomically; `durable` as in `atomic_path`."""
+    with atomic_path(path, durable) as temporary:
         temporary.write_bytes(data)
 
 

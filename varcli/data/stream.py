@@ -48,7 +48,12 @@ class DecodedBatch:
     requested: np.ndarray  # int64, positions of all images this batch stands for, with those that gave no row
     skipped: list[tuple[str, str]]  # (path, reason) of images that gave no row, in order
     skipped_indices: np.ndarray  # int64, their positions
-    converted: Counter[str]  # images by what was converted, e.g. {"grey": 3}
+    notes: list[tuple[int, list[str]]]  # (position, what was converted) of images that were not plain 8-bit RGB
+
+    @property
+    def converted(self) -> Counter[str]:
+        """Images by what was converted, e.g. {"grey": 3}."""
+        return Counter(note for _, notes in self.notes for note in notes)
 
 
 def default_workers() -> int:
@@ -179,14 +184,14 @@ def _group(results: Iterator[tuple[_Task, Result]], batch_size: int) -> Iterator
 def _join(batch: list[tuple[_Task, Result]], split: Any, config: DecodeConfig) -> DecodedBatch:
     import torch
 
-    indices, views, requested, skipped, skipped_indices, converted = [], [], [], [], [], Counter()
+    indices, views, requested, skipped, skipped_indices, notes = [], [], [], [], [], []
     for task, (header, _) in batch:
         requested.extend(task.indices)
         skipped_indices.extend(task.indices[number] for number, _ in header["skipped"])
         indices.extend(task.indices[number] for number, _ in header["rows"])
         views.extend(view for _, view in header["rows"])
         skipped.extend((task.paths[number], reason) for number, reason in header["skipped"])
-        converted.update(header["converted"])
+        notes.extend((task.indices[number], found) for number, found in header["notes"])
     images = torch.from_numpy(np.concatenate([pixels for _, (_, pixels) in batch]))
     where = np.asarray(indices, np.int64)
     return DecodedBatch(
@@ -197,7 +202,7 @@ def _join(batch: list[tuple[_Task, Result]], split: Any, config: DecodeConfig) -
         requested=np.asarray(requested, np.int64),
         skipped=skipped,
         skipped_indices=np.asarray(skipped_indices, np.int64),
-        converted=converted,
+        notes=notes,
     )
 
 

@@ -12,7 +12,6 @@ import os
 import struct
 import sys
 import traceback
-from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,14 +30,14 @@ def run_task(task: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], np.ndarr
 
     task: "config" (DecodeConfig as a dict), "root", "shape" of the grey images in `raw` or None for files, and "images":
     for each [path, views, flip]. Returns a header with "rows" ([image, view] of each row), "skipped" ([image, reason])
-    and "converted" (counts), and uint8 (rows, 3, size, size).
+    and "notes" ([image, what was converted]), and uint8 (rows, 3, size, size).
     """
     config = from_dict(DecodeConfig, task["config"])
     pixels = None if task["shape"] is None else np.frombuffer(raw, np.uint8).reshape(task["shape"])
     rows: list[tuple[int, int]] = []
     views: list[np.ndarray] = []
     skipped: list[tuple[int, str]] = []
-    converted: Counter[str] = Counter()
+    converted: list[tuple[int, list[str]]] = []
     for number, (path, wanted, flip) in enumerate(task["images"]):
         try:
             if pixels is None:
@@ -49,10 +48,11 @@ def run_task(task: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], np.ndarr
         except UnusableImage as reason:
             skipped.append((number, str(reason)))
             continue
-        converted.update(notes)
+        if notes:
+            converted.append((number, notes))
         views.extend(cut_view(prepared, config, path, view, flip) for view in wanted)
         rows.extend((number, view) for view in wanted)
-    header = {"rows": rows, "skipped": skipped, "converted": dict(converted)}
+    header = {"rows": rows, "skipped": skipped, "notes": converted}
     stacked = np.stack(views) if views else np.empty((0, 3, config.size, config.size), np.uint8)
     return header, stacked
 

@@ -1,0 +1,245 @@
+"""Generated images on disk: a folder of PNGs with a grid to look at, and the npz that evaluation suites read.
+
+Folder: `<class index, 4 digits>-<index, 5 digits>.png`, `grid.png`, optionally `samples.npz`, `manifest.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from PIL import Image
+
+from varcli.artifacts.lock import LOCK_NAME, lock_folder
+from varcli.artifacts.manifest import MANIFEST_NAME, Manifest, write_manifest
+from varcli.artifacts.verify import read_json, read_manifest
+from varcli.artifacts.write import TEMPORARY_PREFIX, atomic_path, prepare_folder, write_bytes, write_json
+from varcli.data.decode import SUFFIXES, UnusableImage, load_image
+from varcli.data.paths import escape_path
+from varcli.errors import ArtifactError, ConfigError, DataError, ShapeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAMPLES_KIND = "samples"
+GRID_NAME, NPZ_NAME = "grid.png", "samples.npz"
+_PLAN_NAME = ".plan.json"
+_SAMPLE = re.compile(r"(\d{4,})-(\d{5,})\.png")
+_NPZ_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest a zip can hold: equal images give equal bytes
+
+
+def sample_name(class_index: int, index: int) -> str:
+    """File name of the `index`-th image of a class."""
+    return f"{class_index:04d}-{index:05d}.png"
+
+
+def make_grid(images: Tensor | np.ndarray, columns: int | None = None, padding: int = 2) -> Image.Image:
+    """Lay images out row by row on white.
+
+    images: uint8 (n, 3, H, W). columns: about as many as rows by default. Raises ShapeError for other images.
+    """
+    pixels = np.asarray(images)
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype != np.uint8 or not len(pixels):
+        raise ShapeError(f"a grid takes uint8 (n, 3, H, W), but got {pixels.dtype} {pixels.shape}")
+    count, _, height, width = pixels.shape
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    rows = -(-count // columns)
+    grid = Image.new("RGB", (columns * (width + padding) + padding, rows * (height + padding) + padding), "white")
+    for number, image in enumerate(pixels):
+        row, column = divmod(number, columns)
+        at = (padding + column * (width + padding), padding + row * (height + padding))
+        grid.paste(Image.fromarray(image.transpose(1, 2, 0)), at)
+    return grid
+
+
+def save_png(path: Path, image: Image.Image | Tensor | np.ndarray, durable: bool = True) -> None:
+    """Write one image as PNG, atomically. image: a PIL image or uint8 (3, H, W). durable: as in `atomic_path`."""
+    if not isinstance(image, Image.Image):
+        pixels = np.asarray(image)
+        if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != np.uint8:
+            raise ShapeError(f"an image to save must be uint8 (3, H, W), but is {pixels.dtype} {pixels.shape}")
+        image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_bytes(path, buffer.getvalue(), durable)
+
+
+def write_npz(path: Path, images: Iterable[np.ndarray], count: int, side: int) -> None:
+    """Write the npz of the ADM evaluation suite (Dhariwal and Nichol, arXiv:2105.05233): `arr_0`, uint8 (N, H, W, 3).
+
+    images: `count` arrays uint8 (3, side, side), written one at a time, so that memory holds one. Raises ShapeError if
+    their number or shape differs.
+    """
+    written = 0
+    member = zipfile.ZipInfo("arr_0.npy", _NPZ_DATE)
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open(member, "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, side, side, 3)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for image in images:
+                if image.shape != (3, side, side) or image.dtype != np.uint8:
+                    raise ShapeError(f"npz images must be uint8 (3, {side}, {side}), but one is {image.shape}")
+                file.write(np.ascontiguousarray(image.transpose(1, 2, 0)).tobytes())
+                written += 1
+        if written != count:
+            raise ShapeError(f"the npz was to hold {count} images, but {written} came")
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return all image files below `folder` in natural order ("2.png" before "10.png"), without the grid.
+
+    Raises DataError if there is none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"there is no folder `{escape_path(str(folder))}`", "pass a folder of images")
+    found = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.name != GRID_NAME
+        and not path.name.startswith(".")
+        and path.is_file()
+    ]
+    if not found:
+        raise DataError(f"`{escape_path(str(folder))}` holds no images", f"images end in {', '.join(sorted(SUFFIXES))}")
+    return sorted(found, key=lambda path: _natural(path.relative_to(folder).as_posix()))
+
+
+def read_images(paths: Iterable[Path], batch_size: int = 64) -> Iterator[Tensor]:
+    """Read images of one size in batches, uint8 (n, 3, H, W).
+
+    Raises DataError naming the file if one cannot be used or has another size: a metric over fewer images is another
+    number.
+    """
+    import torch
+
+    batch: list[np.ndarray] = []
+    size = None
+    for path in paths:
+        try:
+            image, _ = load_image(path)
+        except UnusableImage as reason:
+            raise DataError(f"`{escape_path(str(path))}`: {reason}", "remove it, or make it again") from None
+        size = size or image.size
+        if image.size != size:
+            raise DataError(f"`{escape_path(str(path))}` is {image.size}, but the images before it are {size} pixels")
+        batch.append(np.asarray(image).transpose(2, 0, 1))
+        if len(batch) == batch_size:
+            yield torch.from_numpy(np.stack(batch))
+            batch = []
+    if batch:
+        yield torch.from_numpy(np.stack(batch))
+
+
+class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
+    """Write samples into `out` one by one; a killed job keeps what it finished, and the same one goes on.
+
+        with SamplesWriter(out, settings) as writer:
+            for class_index, index in writer.missing(wanted):
+                writer.write(class_index, index, image)
+            manifest = writer.finish(wanted, info)
+
+    settings: JSON values that decide the pixels (model, seed, guidance, ...). Entering raises ConfigError if `out` was
+    begun with other ones, ArtifactError if it holds something else, LockedError if another process writes it.
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
+        self.out = Path(out)
+        self.settings = json.loads(json.dumps(dict(settings)))  # as a manifest gives them back
+        self._stack = contextlib.ExitStack()
+        self._present: set[str] = set()
+
+    def __enter__(self) -> Self:
+        prepare_folder(self.out)
+        self._stack.enter_context(lock_folder(self.out))
+        try:
+            self._resume()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def missing(self, wanted: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return those (class index, index) whose image is not there yet, in the order given."""
+        return [pair for pair in wanted if sample_name(*pair) not in self._present]
+
+    def write(self, class_index: int, index: int, image: Tensor | np.ndarray) -> Path:
+        """Write one image, uint8 (3, H, W), and return its path."""
+        path = self.out / sample_name(class_index, index)
+        save_png(path, image, durable=False)
+        self._present.add(path.name)
+        return path
+
+    def finish(
+        self,
+        wanted: Iterable[tuple[int, int]],
+        info: Mapping[str, Any] | None = None,
+        columns: int | None = None,
+        grid_images: int = 64,
+        npz: bool = False,
+    ) -> Manifest:
+        """Write the grid of the first `grid_images`, the npz if asked for, and the manifest of all of `wanted`.
+
+        info: added to the settings in the manifest. Raises ArtifactError if an image is missing or cannot be read back.
+        """
+        pairs = list(wanted)
+        names = [sample_name(*pair) for pair in pairs]
+        if self.missing(pairs) or not names:
+            lacking = len(self.missing(pairs))
+            raise ArtifactError(f"`{self.out}` lacks {lacking} of {len(names)} samples", "run the same command again")
+        paths = [self.out / name for name in names]
+        try:
+            first = np.concatenate([batch.numpy() for batch in read_images(paths[:grid_images])])
+            save_png(self.out / GRID_NAME, make_grid(first, columns))
+            if npz:
+                pixels = (image.numpy() for batch in read_images(paths) for image in batch)
+                write_npz(self.out / NPZ_NAME, pixels, len(paths), first.shape[-1])
+        except DataError as error:
+            raise ArtifactError(
+                f"a sample was damaged since it was written: {error}", "delete it and run again"
+            ) from None
+        extra = [GRID_NAME, NPZ_NAME] if npz else [GRID_NAME]
+        manifest = write_manifest(self.out, SAMPLES_KIND, {**self.settings, **(info or {})}, files=[*names, *extra])
+        (self.out / _PLAN_NAME).unlink(missing_ok=True)
+        return manifest
+
+    def _resume(self) -> None:
+        if (self.out / MANIFEST_NAME).exists():
+            begun = {key: read_manifest(self.out, SAMPLES_KIND).info.get(key) for key in self.settings}
+        elif (self.out / _PLAN_NAME).exists():
+            begun = read_json(self.out / _PLAN_NAME)
+        else:
+            begun = self.settings
+            known = (LOCK_NAME, ".lock-owner.json")
+            foreign = [path.name for path in self.out.iterdir() if path.name not in known]
+            if foreign:
+                raise ArtifactError(
+                    f"`{self.out}` is not empty and holds no samples: `{escape_path(min(foreign))}`",
+                    "choose another --out",
+                )
+            write_json(self.out / _PLAN_NAME, self.settings)
+        changed = [key for key in sorted({*begun, *self.settings}) if begun.get(key) != self.settings.get(key)]
+        if changed:
+            raise ConfigError(
+                f"`{self.out}` holds samples made with other settings: {', '.join(changed)} differ",
+                "choose another --out, or delete that folder to start anew",
+            )
+        for path in self.out.iterdir():
+            if _SAMPLE.fullmatch(path.name) and not path.name.startswith(TEMPORARY_PREFIX):
+                self._present.add(path.name)
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name)]
