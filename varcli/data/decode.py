@@ -39,10 +39,11 @@ def load_image(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, l
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise UnusableImage(f"cannot be read: {error.strerror}") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):  # opened without blocking, so that a FIFO gets here
+        os.close(descriptor)
+        raise UnusableImage("not a regular file")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):  # opened without blocking, so that a FIFO gets here
-            raise UnusableImage("not a regular file")
         if status.st_size == 0:
             raise UnusableImage("empty file")
         # damaged metadata warns once an image; a flood of warnings would hide everything else

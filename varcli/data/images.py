@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from dataclasses import dataclass, field
@@ -175,7 +176,7 @@ class _Scan:
             if reason is None and not entry.is_dir() and not stat.S_ISREG(entry.stat().st_mode):
                 reason = "not a regular file"
         except OSError as error:
-            reason = "link in a loop" if "loop" in str(error.strerror).lower() else "link to nothing"
+            reason = "link in a loop" if error.errno == errno.ELOOP else "link to nothing"
         if reason is not None:
             self.skipped.append((path, reason))
         return reason is None
