@@ -1,0 +1,187 @@
+"""The `varcli` program: the table of commands, and the one place where errors become messages and exit codes.
+
+To add a command, write one file with one function and add its line to COMMANDS:
+
+    # cli/resize.py
+    def resize(images: Annotated[Path, Argument(help="Image folder.")], out: OutOption, json: JsonOption = False) -> None:
+        \"\"\"Write a folder of images at another size.\"\"\"
+        from varcli.data.resize import ResizeConfig, resize_folder  # heavy imports stay inside, so --help is quick
+
+        done = resize_folder(images, out, ResizeConfig(), on_step=console.progress("resizing"))
+        console.report({"folder": str(out), "images": done.num_images}, json, f"{done.num_images} images in {out}")
+
+    # here
+    "resize": Command("resize:resize", "Data"),
+
+The docstring is the command's help (no square brackets in help texts: rich would swallow them). Whatever the function raises is turned into a message by `guarded`; it never prints
+errors and never exits by itself. Every command also takes `--debug`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from varcli import __version__
+from varcli.cli import console
+from varcli.errors import VarcliError
+
+INTERNAL_ERROR, OUT_OF_MEMORY, INTERRUPTED = 70, 8, 130
+
+
+class Command(NamedTuple):
+    """Where a command's function is (`module:function`, below varcli.cli) and the group it is listed under."""
+
+    target: str
+    group: str
+
+
+COMMANDS = {
+    "demo": Command("demo:demo", "Start here"),
+    "data": Command("data:data", "The pipeline"),
+    "tokenize": Command("tokenize:tokenize", "The pipeline"),
+    "train": Command("train:train", "The pipeline"),
+    "sample": Command("sample:sample", "The pipeline"),
+    "eval": Command("eval:evaluate", "The pipeline"),
+    "train-tokenizer": Command("train_tokenizer:train_tokenizer", "Models"),
+    "import": Command("import_:import_", "Models"),
+    "export": Command("export:export", "Models"),
+    "info": Command("info:info", "Models"),
+    "bench": Command("bench:bench", "Measure"),
+}
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a command so that its errors become `error: ...` and `hint: ...` on stderr and an exit code.
+
+    VarcliError exits with its own code; a full disk or an unreadable file with 1; no memory with 8; Ctrl-C with 130; a
+    reader that closed the pipe with 1 and no word; anything else, which is a bug, with 70. `--debug` shows the traceback.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    option = typer.Option("--debug", help="Show where in the code an error came from.", show_default=False)
+    debug_option = inspect.Parameter(
+        "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
+    )
+
+    @functools.wraps(command)
+    def run(*arguments: Any, debug: bool = False, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+            console.close_progress()
+            sys.stdout.flush()
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except BrokenPipeError:
+            _discard_output()
+            raise typer.Exit(1) from None
+        except BaseException as error:  # the last stop of every error
+            if isinstance(error, SystemExit | GeneratorExit):
+                raise
+            if debug:
+                console.note(traceback.format_exc())
+            code = report_error(error)
+            raise typer.Exit(code) from None
+
+    parameters = [*signature.parameters.values(), debug_option]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def report_error(error: BaseException) -> int:
+    """Print `error` for people and return the exit code that belongs to it."""
+    if isinstance(error, VarcliError):
+        console.error(str(error), error.hint)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        console.error("interrupted", "run the same command again to go on from what was finished")
+        return INTERRUPTED
+    if _is_out_of_memory(error):
+        console.error(
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}",
+            "use a smaller --batch-size, or --precision bf16 on a GPU",
+        )
+        return OUT_OF_MEMORY
+    if isinstance(error, OSError):
+        console.error(*_describe_os_error(error))
+        return 1
+    console.error(
+        f"internal error, please report: {type(error).__name__}: {error}",
+        "run it again with --debug and send the traceback with the command",
+    )
+    return INTERNAL_ERROR
+
+
+def _describe_os_error(error: OSError) -> tuple[str, str | None]:
+    where = f" `{os.fsdecode(error.filename)}`" if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the disk is full while writing{where}",
+            "free some space and run the same command again: what was finished is kept",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"cannot use{where}: {reason}", "change its permissions, or choose another path"
+    return f"cannot use{where}: {reason}", None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # by name, since torch is not imported for commands that do without it
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+
+
+def _discard_output() -> None:
+    """Point stdout at nothing, so that the interpreter's last flush does not complain about the closed pipe."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.result(f"varcli {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    name="varcli",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Train, sample and evaluate visual autoregressive models (next-scale prediction)."""
+
+
+for _name, _entry in COMMANDS.items():
+    _module, _, _function = _entry.target.partition(":")
+    if importlib.util.find_spec(f"varcli.cli.{_module}") is None:
+        continue
+    _command = getattr(importlib.import_module(f"varcli.cli.{_module}"), _function)
+    app.command(_name, rich_help_panel=_entry.group)(guarded(_command))
+
+
+def main() -> None:
+    """Run the program on the process's arguments; the entry point of the `varcli` script."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to stop
+    app(prog_name="varcli")

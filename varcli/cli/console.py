@@ -1,0 +1,209 @@
+"""What commands print: results on stdout, everything else on stderr, and nothing that a foreign name could distort."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from varcli.progress import OnStep, Step
+
+_LINE_EVERY = 5.0  # seconds between progress lines where there is no terminal
+_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with control characters, direction marks and undecodable bytes as `\xNN` or `\uNNNN`.
+
+    Newlines and tabs stay.
+    """
+    return _HIDDEN.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
+
+
+def result(text: str) -> None:
+    """Print a result for people to stdout."""
+    close_progress()
+    print(printable(text))
+
+
+def json_result(value: Any) -> None:
+    """Print a result for programs to stdout, as one JSON value."""
+    close_progress()
+    print(json.dumps(value, indent=1, ensure_ascii=True, default=str))
+
+
+def report(value: Any, as_json: bool, text: str) -> None:
+    """Print `value` as JSON if `as_json`, else `text`: the last line of most commands."""
+    if as_json:
+        json_result(value)
+    else:
+        result(text)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
+    """Print an aligned table to stdout; columns after the first are set to the right."""
+    close_progress()
+    cells = [[printable(str(cell)) for cell in row] for row in (columns, *rows)]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in cells]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    if title:
+        lines.insert(0, printable(title))
+    print("\n".join(lines))
+
+
+def note(text: str) -> None:
+    """Print a remark to stderr: what was chosen, what was skipped, what to do next."""
+    close_progress()
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def error(message: str, hint: str | None = None) -> None:
+    """Print `error: message` and, after an empty line, `hint: hint` to stderr."""
+    close_progress()
+    red, plain = ("\x1b[1;31m", "\x1b[0m") if _has_colour() else ("", "")
+    text = f"{red}error:{plain} {printable(message)}"
+    if hint:
+        text += f"\n\nhint: {printable(hint)}"
+    print(text, file=sys.stderr, flush=True)
+
+
+def progress(description: str) -> OnStep:
+    """Return an `on_step` callback that shows how far a job is, on stderr.
+
+    On a terminal a bar with done/total, rate, time left and the step's values; elsewhere a plain line every few seconds
+    and at the end. It closes by itself when the job is done or something else is printed.
+    """
+    if _is_terminal():
+        return _Bar(description)
+    return _Lines(description)
+
+
+def close_progress() -> None:
+    """Take the running bar, if there is one, off the terminal's last line."""
+    if _Bar.running is not None:
+        _Bar.running.stop()
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration for people: `8s`, `3m05s`, `2h10m`, `4d03h`."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    if seconds < 86400:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
+
+
+def format_values(values: dict[str, float]) -> str:
+    """Write a step's numbers in one line, four significant digits each: `loss 4.213  lr 0.0001`."""
+    return "  ".join(f"{printable(name)} {value:.4g}" for name, value in values.items())
+
+
+class _Lines:
+    """Progress without a terminal: a line now and then."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.clock = _Clock()
+        self.last_line = time.monotonic()
+
+    def __call__(self, step: Step) -> None:
+        if step.message:
+            note(step.message)
+        self.clock.update(step)
+        now = time.monotonic()
+        if step.done == step.total or now - self.last_line >= _LINE_EVERY:
+            self.last_line = now
+            print(printable(f"{self.description}: {self.clock.describe(step)}"), file=sys.stderr, flush=True)
+
+
+class _Bar:
+    """Progress on a terminal: one live line, drawn by rich."""
+
+    running: _Bar | None = None
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.clock = _Clock()
+        self.display: Any = None
+        self.task: Any = None
+
+    def __call__(self, step: Step) -> None:
+        if self.display is None:
+            self.start(step)
+        self.clock.update(step)
+        if step.message:
+            self.display.console.print(printable(step.message), markup=False, highlight=False)
+        self.display.update(self.task, completed=step.done, total=step.total, status=self.clock.describe(step))
+        if step.done == step.total:
+            self.stop()
+
+    def start(self, step: Step) -> None:
+        """Draw the bar. Another one that still runs is closed first."""
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        close_progress()
+        self.clock = _Clock()
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24))
+        self.display = Progress(
+            *columns, TextColumn("{task.fields[status]}", markup=False), console=Console(stderr=True), transient=False
+        )
+        self.task = self.display.add_task(printable(self.description), total=step.total, status="")
+        self.display.start()
+        _Bar.running = self
+
+    def stop(self) -> None:
+        """Leave the bar as it stands and give the terminal back."""
+        if self.display is not None:
+            self.display.stop()
+        self.display, _Bar.running = None, None
+
+
+class _Clock:
+    """Rate and time left, counted from the first step seen, so that a resumed job is not flattered by its past."""
+
+    def __init__(self) -> None:
+        self.first: tuple[int, float] | None = None
+        self.rate: float | None = None  # units per second
+
+    def update(self, step: Step) -> None:
+        now = time.monotonic()
+        if self.first is None or step.done < self.first[0]:
+            self.first = (step.done, now)
+        done, seconds = step.done - self.first[0], now - self.first[1]
+        self.rate = done / seconds if done > 0 and seconds > 0 else None
+
+    def describe(self, step: Step) -> str:
+        parts = [
+            f"{step.done:,}/{step.total:,} {step.unit}" if step.total is not None else f"{step.done:,} {step.unit}"
+        ]
+        if self.rate is not None:
+            rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
+            parts.append(f"{rate} {step.unit}/s")
+            if step.total is not None and step.done < step.total:
+                parts.append(f"{format_seconds((step.total - step.done) / self.rate)} left")
+        if step.values:
+            parts.append(format_values(step.values))
+        return ", ".join(parts)
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    return [
+        cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths))
+    ]
+
+
+def _is_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _has_colour() -> bool:
+    return _is_terminal() and not os.environ.get("NO_COLOR")

@@ -1,0 +1,48 @@
+"""Options that several commands share, so that they read and mean the same everywhere.
+
+A command gives the default in its signature: `device: DeviceOption = "auto"`; an option without one is required.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+OutOption = Annotated[Path, Option("--out", "-o", help="Folder to write; a rerun goes on where the last one stopped.")]
+DeviceOption = Annotated[
+    str, Option("--device", help="auto, cpu, cuda, cuda:1 or mps; auto takes a GPU if there is one.")
+]
+PrecisionOption = Annotated[
+    str, Option("--precision", help="auto, fp32, bf16 or fp16; auto is bf16 on CUDA and fp32 elsewhere.")
+]
+SeedOption = Annotated[int, Option("--seed", help="Seed of everything random.")]
+JsonOption = Annotated[bool, Option("--json", help="Print the result as JSON.", show_default=False)]
+WorkersOption = Annotated[
+    int | None, Option("--workers", help="Processes that decode images; default: one a core.", show_default=False)
+]
+BatchSizeOption = Annotated[
+    int | None, Option("--batch-size", help="Images at a time; default: chosen for the device.", show_default=False)
+]
+ModelOption = Annotated[
+    str | None,
+    Option(
+        "--model",
+        help="Folder or name of a model or run; default: the newest run in runs/, else the model that comes with varcli.",
+        show_default=False,
+    ),
+]
+TokenizerOption = Annotated[
+    str | None,
+    Option("--tokenizer", help="Tokenizer, model or run folder; default: chosen by image size.", show_default=False),
+]
+ClassesOption = Annotated[
+    list[str] | None, Option("--class", help="Class name or number; repeat it for several.", show_default=False)
+]
+ConfigFileOption = Annotated[
+    Path | None, Option("--config", help="TOML file with settings; other options win over it.", show_default=False)
+]
+SetOption = Annotated[
+    list[str] | None, Option("--set", help="key=value for any setting; may be repeated.", show_default=False)
+]
