@@ -53,9 +53,9 @@ def _show(tree: Any, as_json: bool, headline: str) -> None:
         return
     console.result(headline)
     splits = list(tree.splits)
-    rows = [(index, name, *(counts[name][split] for split in splits)) for index, name in enumerate(tree.classes)]
-    total = ("", f"{len(rows)} classes", *(len(tree.splits[split]) for split in splits))
-    console.table(("class", "name", *splits), [*rows[:_MAX_ROWS], total])
+    rows = [(name, index, *(counts[name][split] for split in splits)) for index, name in enumerate(tree.classes)]
+    total = (f"{len(rows)} classes", "", *(len(tree.splits[split]) for split in splits))
+    console.table(("class", "number", *splits), [*rows[:_MAX_ROWS], total])
     if len(rows) > _MAX_ROWS:
         console.note(f"{len(rows) - _MAX_ROWS} more classes are not shown; --json lists all")
     for path, reason in tree.skipped[:5]:

@@ -1,4 +1,4 @@
-"""Class names: from a folder's names to numbers and back, with ImageNet's thousand names where nothing else is known."""
+"""Class names: from a folder's names to numbers and back; ImageNet's thousand names where nothing else is known."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class ClassNames(Sequence[str]):
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """Return ImageNet-1k's class names in the order of its labels, from torchvision (imported here: it takes seconds)."""
+    """Return ImageNet-1k's class names in the order of its labels, from torchvision (which takes seconds to import)."""
     from torchvision.models import ResNet18_Weights
 
     return tuple(ResNet18_Weights.DEFAULT.meta["categories"])

@@ -1,7 +1,7 @@
 """Writing a codes cache shard by shard, so that a killed job loses at most one and the same command goes on.
 
-While it grows, `.plan.json` says what the cache will be and `.progress.jsonl` lists the finished shards; both go when the
-manifest is there. Bytes depend on the plan, the images and the tokenizer alone, not on workers, batches or restarts.
+While it grows, `.plan.json` says what the cache will be and `.progress.jsonl` lists the finished shards; both go when
+the manifest is there. Bytes depend on the plan, the images and the tokenizer alone, not on workers, batches or restarts.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class CodesWriter(contextlib.AbstractContextManager["CodesWriter"]):
         """Write the manifest, which makes the cache whole, and return it.
 
         max_skip: images that may have been skipped; None allows 100 or 0.1 %, whichever is more. Raises SkipLimitError
-        beyond it (the shards are kept: the same call with a larger limit succeeds), ArtifactError if shards are missing.
+        beyond it (the shards are kept: the same call with a larger limit succeeds), ArtifactError if a shard is missing.
         """
         if self.finished is not None:
             return self.finished
@@ -197,7 +197,8 @@ class CodesWriter(contextlib.AbstractContextManager["CodesWriter"]):
         if len(skipped) > allowed:
             path, reason = skipped[0]
             raise SkipLimitError(
-                f"{len(skipped)} images were skipped, but at most {allowed} may be; e.g. `{escape_path(path)}`: {reason}",
+                f"{len(skipped)} images were skipped, but at most {allowed} may be, e.g. "
+                f"`{escape_path(path)}`: {reason}",
                 f"mend or remove them, or run again with --max-skip {len(skipped)}: the finished shards are kept",
             )
         info["skipped"] = [{"path": path, "reason": reason} for path, reason in skipped]

@@ -52,6 +52,15 @@ class ImageTree:
         """Images of all splits."""
         return sum(len(split) for split in self.splits.values())
 
+    def class_counts(self) -> dict[str, dict[str, int]]:
+        """Return the number of images of each class in each split."""
+        bins = {
+            name: np.bincount(split.labels, minlength=len(self.classes)).tolist() for name, split in self.splits.items()
+        }
+        return {
+            label: {name: counts[index] for name, counts in bins.items()} for index, label in enumerate(self.classes)
+        }
+
 
 def open_images(root: Path, follow_links: bool = False, allow_single_class: bool = False) -> ImageTree:
     """List a folder of images: `{train,val}/<class>/<image>`, `<class>/<image>` (all "train"), or an IDX folder.
@@ -219,7 +228,8 @@ def _no_images(shown: str, scan: _Scan) -> DataError:
     if scan.skipped:
         path, reason = scan.skipped[0]
         return DataError(
-            f"`{shown}` holds no image that may be used: {len(scan.skipped)} skipped, e.g. `{escape_path(path)}`: {reason}",
+            f"`{shown}` holds no image that may be used: {len(scan.skipped)} were skipped, e.g. "
+            f"`{escape_path(path)}`: {reason}",
             "pass the folder that the links lead to, or allow links" if "link" in reason else None,
         )
     what = f"{scan.num_ignored} files, but no image" if scan.num_ignored else "nothing"

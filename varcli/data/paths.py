@@ -9,7 +9,7 @@ _ESCAPE = re.compile(r"\\(?:\\|x([0-9a-f]{2})|u([0-9a-f]{4}))")
 
 
 def escape_path(path: str) -> str:
-    r"""Return `path` on one printable line: backslashes are doubled, the rest of what does not print is `\xNN` or `\uNNNN`.
+    r"""Return `path` on one printable line: backslashes are doubled, what does not print becomes `\xNN` or `\uNNNN`.
 
     Bytes of a name that are not UTF-8 (surrogates to Python) are kept as `\udcNN`, so `unescape_path` brings them back.
     """

@@ -1,8 +1,8 @@
 """The process that decodes images for `varcli.data.stream`: tasks come on stdin, pixels leave on stdout.
 
 Started as `python -m varcli.data.worker` rather than through multiprocessing: it then neither inherits the parent's
-threads and CUDA state nor imports the parent's main module, and nothing is pickled. Imports numpy and Pillow, not torch.
-A message is two lengths, a JSON header and raw bytes.
+threads and CUDA state nor imports the parent's main module, and nothing is pickled. Imports numpy and Pillow, not
+torch. A message is two lengths, a JSON header and raw bytes.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _LENGTHS = struct.Struct("<IQ")
 def run_task(task: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], np.ndarray]:
     """Decode the images of one task.
 
-    task: "config" (DecodeConfig as a dict), "root", "shape" of the grey images in `raw` or None for files, and "images":
-    for each [path, views, flip]. Returns a header with "rows" ([image, view] of each row), "skipped" ([image, reason])
-    and "notes" ([image, what was converted]), and uint8 (rows, 3, size, size).
+    task: "config" (DecodeConfig as a dict), "root", "shape" of the grey images in `raw` or None for files, and
+    "images", for each [path, views, flip]. Returns a header with "rows" ([image, view] of each row), "skipped"
+    ([image, reason]) and "notes" ([image, what was converted]), and uint8 (rows, 3, size, size).
     """
     config = from_dict(DecodeConfig, task["config"])
     pixels = None if task["shape"] is None else np.frombuffer(raw, np.uint8).reshape(task["shape"])
