@@ -5,16 +5,17 @@ To add a command, write one file with one function and add its line to COMMANDS:
     # cli/resize.py
     def resize(images: Annotated[Path, Argument(help="Image folder.")], out: OutOption, json: JsonOption = False) -> None:
         \"\"\"Write a folder of images at another size.\"\"\"
-        from varcli.data.resize import ResizeConfig, resize_folder  # heavy imports stay inside, so --help is quick
+        from varcli.data.resize import resize_folder  # heavy imports stay inside, so --help is quick
 
-        done = resize_folder(images, out, ResizeConfig(), on_step=console.progress("resizing"))
+        done = resize_folder(images, out, on_step=console.progress("resizing"))
         console.report({"folder": str(out), "images": done.num_images}, json, f"{done.num_images} images in {out}")
 
     # here
     "resize": Command("resize:resize", "Data"),
 
-The docstring is the command's help (no square brackets in help texts: rich would swallow them). Whatever the function raises is turned into a message by `guarded`; it never prints
-errors and never exits by itself. Every command also takes `--debug`.
+The docstring is the command's help; it and the options' help hold no square brackets, which rich would swallow. Whatever
+the function raises becomes a message and an exit code in `guarded`: a command prints no errors and never exits by itself.
+Every command also takes `--debug`.
 """
 
 from __future__ import annotations
