@@ -11,8 +11,8 @@ import torch
 from varcli import config as configs
 from varcli.artifacts.manifest import Manifest, write_manifest
 from varcli.artifacts.verify import read_checked_tensors, read_manifest, require_finite
+from varcli.artifacts.weights import load_state
 from varcli.artifacts.write import prepare_folder, write_tensors
-from varcli.errors import ArtifactError
 from varcli.tokenizer.base import TokenizerConfig
 from varcli.tokenizer.vqvae import VQVAE
 
@@ -57,22 +57,3 @@ def load_tokenizer(folder: Path, device: torch.device | str = "cpu") -> VQVAE:
     require_finite(state, f"`{folder}`")
     load_state(tokenizer, {name: tensor.float() for name, tensor in state.items()}, folder)
     return tokenizer.to(device).eval().requires_grad_(False)
-
-
-def load_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor], where: Path) -> None:
-    """Load weights strictly, turning torch's report into one ArtifactError that names the first mismatch."""
-    expected = module.state_dict()
-    for name, tensor in expected.items():
-        if name not in state:
-            raise ArtifactError(
-                f"`{where}` lacks the weight `{name}`", "its config and its weights do not belong together"
-            )
-        if state[name].shape != tensor.shape:
-            raise ArtifactError(
-                f"`{where}`: weight `{name}` has shape {tuple(state[name].shape)}, its config needs {tuple(tensor.shape)}",
-                "its config and its weights do not belong together",
-            )
-    unexpected = sorted(set(state) - set(expected))
-    if unexpected:
-        raise ArtifactError(f"`{where}` holds a weight that its config has no place for: `{unexpected[0]}`")
-    module.load_state_dict(dict(state))

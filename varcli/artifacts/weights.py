@@ -1,0 +1,33 @@
+"""Weights into modules: every name and shape accounted for, or one error that names the first mismatch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from varcli.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import torch
+
+_HINT = "its config and its weights do not belong together"
+
+
+def load_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor], where: Path, assign: bool = False) -> None:
+    """Load weights strictly; `where` is for messages.
+
+    assign: let the module hold these tensors instead of copying them, as a module on the meta device needs.
+    Raises ArtifactError if a weight is missing, has another shape, or has no place.
+    """
+    expected = module.state_dict()
+    for name, tensor in expected.items():
+        if name not in state:
+            raise ArtifactError(f"`{where}` lacks the weight `{name}`", _HINT)
+        if state[name].shape != tensor.shape:
+            have, want = tuple(state[name].shape), tuple(tensor.shape)
+            raise ArtifactError(f"`{where}`: weight `{name}` has shape {have}, its config needs {want}", _HINT)
+    unexpected = sorted(set(state) - set(expected))
+    if unexpected:
+        raise ArtifactError(f"`{where}` holds a weight that its config has no place for: `{unexpected[0]}`")
+    module.load_state_dict(dict(state), assign=assign)

@@ -1,0 +1,6 @@
+"""Codes so far to the logits of the next step. Knows integers and tensors, neither tokenizer nor order."""
+
+from varcli.transformer.base import TransformerConfig
+from varcli.transformer.model import Transformer, drop_labels
+
+__all__ = ["Transformer", "TransformerConfig", "drop_labels"]

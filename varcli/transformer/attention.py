@@ -1,0 +1,80 @@
+"""Multi-head attention over one's own step and all earlier ones, with or without a cache."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varcli.transformer.base import TransformerConfig
+
+_MAX_LOG_SCALE = math.log(100)  # temperatures are capped at 100, as in Swin v2 (arXiv:2111.09883)
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one block's earlier steps, room for all L tokens: (B, n, L, d) each."""
+
+    keys: Tensor
+    values: Tensor
+
+    def extend(self, k_Bnld: Tensor, v_Bnld: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Store one step's keys and values from position `start` on; return all so far."""
+        end = start + k_Bnld.shape[2]
+        self.keys[:, :, start:end] = k_Bnld
+        self.values[:, :, start:end] = v_Bnld
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Apply a linear layer in the precision of its weights, or in autocast's if that is on."""
+    return layer(x.to(layer.weight.dtype))
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """Scale the last dimension to length 1, in float32; vectors shorter than 1e-12 stay as short as they are."""
+    x = x.float()
+    return x * x.square().sum(dim=-1, keepdim=True).clamp_min(1e-24).rsqrt()
+
+
+class SelfAttention(nn.Module):
+    """Attention of (B, l, C) to itself and to what a cache holds. Keys have no bias."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(config.width))
+        self.v_bias = nn.Parameter(torch.zeros(config.width))
+        self.register_parameter("log_scale", None)
+        self.softmax_scale = 0.25 / math.sqrt(config.head_width)  # a quarter of the usual, as released
+        if config.qk_norm:
+            self.log_scale = nn.Parameter(torch.full((config.num_heads, 1, 1), math.log(4.0)))
+            self.softmax_scale = 1.0
+        self.proj = nn.Linear(config.width, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x_BlC: Tensor, mask_ll: Tensor | None = None, cache: LayerCache | None = None, start: int = 0
+    ) -> Tensor:
+        """Attend.
+
+        mask_ll: added to the attention logits, 0 or -inf; None lets every token see every other one.
+        cache: earlier steps to see too; these tokens are appended to it from position `start` on.
+        """
+        batch, length, width = x_BlC.shape
+        weight = self.qkv.weight
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)).to(weight.dtype)
+        qkv = F.linear(x_BlC.to(weight.dtype), weight, bias)
+        q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.log_scale is not None:
+            # the cap has no gradient above it: a head that reaches it stays there unless decay moves it
+            q = (unit_length(q) * self.log_scale.float().clamp_max(_MAX_LOG_SCALE).exp()).to(v.dtype)
+            k = unit_length(k).to(v.dtype)
+        if cache is not None:
+            k, v = cache.extend(k, v, start)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_ll, scale=self.softmax_scale)
+        return self.dropout(linear(self.proj, y.transpose(1, 2).reshape(batch, length, width)))

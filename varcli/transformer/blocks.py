@@ -1,0 +1,79 @@
+"""Transformer blocks whose norms and residual gates come from the class condition (AdaLN)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varcli.transformer.attention import LayerCache, SelfAttention, linear
+from varcli.transformer.base import TransformerConfig
+
+
+def modulated_norm(x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, eps: float) -> Tensor:
+    """Layer norm without weights of its own, then the condition's scale and shift; float32 out."""
+    normed = F.layer_norm(x_BlC.float(), (x_BlC.shape[-1],), eps=eps)
+    return normed * (1 + scale_B1C.float()) + shift_B1C.float()
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a GELU (tanh form) between them."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.hidden_width)
+        self.fc2 = nn.Linear(config.hidden_width, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BlC: Tensor) -> Tensor:
+        """Apply to every token alone."""
+        return self.dropout(linear(self.fc2, F.gelu(linear(self.fc1, x_BlC), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each between a modulated norm and a gated residual path.
+
+    The modulation is six vectors a sample, in the order gamma1, gamma2, scale1, scale2, shift1, shift2: from a layer of
+    the block's own, or (`shared_adaln`) from one shared layer plus the block's own offset.
+    """
+
+    def __init__(self, config: TransformerConfig, drop_path: float) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm_eps = config.norm_eps
+        self.attention = SelfAttention(config)
+        self.feed_forward = FeedForward(config)
+        self.register_parameter("modulation_offset", None)
+        if config.shared_adaln:
+            self.modulation_offset = nn.Parameter(torch.zeros(1, 1, 6, config.width))
+        else:
+            self.modulation = nn.Linear(config.width, 6 * config.width)
+
+    def modulate(self, condition_BC: Tensor, shared_B16C: Tensor | None) -> Tensor:
+        """Return this block's modulation (B, 1, 6, C) for a condition that went through SiLU."""
+        if self.modulation_offset is not None:
+            return shared_B16C + self.modulation_offset
+        return linear(self.modulation, condition_BC).view(condition_BC.shape[0], 1, 6, -1)
+
+    def forward(
+        self,
+        x_BlC: Tensor,
+        modulation_B16C: Tensor,
+        mask_ll: Tensor | None = None,
+        cache: LayerCache | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """Return the residual stream after this block; mask, cache and start are those of `SelfAttention`."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
+        y = self.attention(modulated_norm(x_BlC, scale1, shift1, self.norm_eps), mask_ll, cache, start)
+        x_BlC = x_BlC + self._drop(y * gamma1).to(x_BlC.dtype)
+        y = self.feed_forward(modulated_norm(x_BlC, scale2, shift2, self.norm_eps))
+        return x_BlC + self._drop(y * gamma2).to(x_BlC.dtype)
+
+    def _drop(self, y_BlC: Tensor) -> Tensor:
+        """Skip the branch for some samples while training, and scale the others up to keep the mean."""
+        if not self.training or self.drop_path == 0:
+            return y_BlC
+        keep = 1 - self.drop_path
+        kept_B11 = torch.rand(y_BlC.shape[0], 1, 1, device=y_BlC.device) < keep
+        return y_BlC * (kept_B11 / keep).to(y_BlC.dtype)

@@ -1,0 +1,216 @@
+"""The transformer of VAR: class and earlier steps in, logits of every code out.
+
+With teacher forcing all steps run at once under a block-causal mask; while sampling they run one by one with a
+key/value cache. Both give the same logits. Source: VAR, arXiv:2404.02905, and its released weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varcli.shapes import check_shape
+from varcli.transformer.attention import LayerCache, linear
+from varcli.transformer.base import TransformerConfig
+from varcli.transformer.blocks import Block, modulated_norm
+
+_UNDECAYED = ("start_position", "positions", "step_embedding", "log_scale", "modulation_offset")
+
+
+@dataclass
+class KVCache:
+    """The state of step-by-step inference: keys and values of every block, and what depends on the class alone."""
+
+    layers: list[LayerCache]
+    condition_BC: Tensor  # class embedding, float32
+    modulations: list[Tensor]  # (B, 1, 6, C) a block, computed once for all steps
+    head_modulation: tuple[Tensor, Tensor]  # scale and shift (B, 1, C) of the last norm
+    step: int = 0  # steps done
+    position: int = 0  # tokens done
+
+
+class Transformer(nn.Module):
+    """Logits over V codes for each of L tokens, predicted in steps of `config.step_lengths` tokens.
+
+    A token sees its own step and all earlier ones. What it reads is a feature vector of Z channels that an order
+    prepared from the codes of earlier steps; the tokens of the first step read the class instead.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.class_embedding = nn.Embedding(config.num_classes + 1, width)  # the last row stands for no class
+        self.start_position = nn.Parameter(torch.empty(1, config.step_lengths[0], width))
+        self.positions = nn.Parameter(torch.empty(1, config.seq_len, width))
+        self.step_embedding = nn.Embedding(config.num_steps, width)
+        self.input_projection = nn.Linear(config.code_channels, width)
+        self.shared_modulation = nn.Linear(width, 6 * width) if config.shared_adaln else None
+        rates = [config.drop_path * index / max(config.depth - 1, 1) for index in range(config.depth)]
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.head_modulation = nn.Linear(width, 2 * width)
+        self.output_projection = nn.Linear(width, config.vocab_size)
+        steps = [step for step, length in enumerate(config.step_lengths) for _ in range(length)]
+        # on a real device even if the weights are not, so that weights can be put in place later
+        self.register_buffer("step_of_token_L", torch.tensor(steps, device="cpu"), persistent=False)
+        self.init_weights()
+
+    @property
+    def num_parameters(self) -> int:
+        """Count of all weights."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    # -- teacher forcing -----------------------------------------------------------------------------------------
+
+    def forward(self, labels_B: Tensor, x_BLZ: Tensor) -> Tensor:
+        """Return the logits (B, L, V), float32, of every code given the true earlier ones.
+
+        labels_B: class indices; `config.num_classes` stands for no class.
+        x_BLZ: what the order made of the true codes, (B, L - l_0, Z); position i is aligned with the code predicted there.
+        Raises ShapeError if x has another shape.
+        """
+        return self.head(self.hidden(labels_B, x_BLZ))
+
+    def hidden(self, labels_B: Tensor, x_BLZ: Tensor) -> Tensor:
+        """Return what `head` turns into logits, float32 (B, L, C): for a loss that takes the head in pieces."""
+        config = self.config
+        check_shape("x", x_BLZ, (labels_B.shape[0], config.seq_len - config.step_lengths[0], config.code_channels))
+        condition_BC = self.embed_labels(labels_B)
+        first = condition_BC.unsqueeze(1) + self.start_position.float()
+        x = torch.cat((first, self._project(x_BLZ)), dim=1) + self._embed_positions(0, config.seq_len)
+        x = x.to(self._compute_dtype())
+        mask_LL = self._step_mask(x.dtype)
+        modulations, (scale, shift) = self._modulate(condition_BC)
+        for block, modulation in zip(self.blocks, modulations, strict=True):
+            x = block(x, modulation, mask_LL)
+        return modulated_norm(x, scale, shift, config.norm_eps)
+
+    def head(self, h_BlC: Tensor) -> Tensor:
+        """Return the logits (B, l, V), float32, of what `hidden` gave."""
+        return linear(self.output_projection, h_BlC).float()
+
+    # -- step by step --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def start_cache(self, labels_B: Tensor) -> KVCache:
+        """Prepare step-by-step inference for a batch of classes; `config.num_classes` stands for no class."""
+        config, dtype = self.config, self._compute_dtype()
+        condition_BC = self.embed_labels(labels_B)
+        shape = (labels_B.shape[0], config.num_heads, config.seq_len, config.head_width)
+        layers = [
+            LayerCache(*(torch.empty(shape, dtype=dtype, device=labels_B.device) for _ in range(2)))
+            for _ in self.blocks
+        ]
+        return KVCache(layers, condition_BC, *self._modulate(condition_BC))
+
+    @torch.no_grad()
+    def step(self, x_BlZ: Tensor | None, cache: KVCache) -> Tensor:
+        """Return the logits (B, l, V), float32, of the next step, and advance `cache` past it.
+
+        x_BlZ: what the order made of the codes so far; None at the first step, which reads the class alone.
+        """
+        length = self.config.step_lengths[cache.step]
+        if cache.step == 0:
+            x = cache.condition_BC.unsqueeze(1) + self.start_position.float()
+        else:
+            check_shape("x", x_BlZ, (cache.condition_BC.shape[0], length, self.config.code_channels))
+            x = self._project(x_BlZ)
+        x = (x + self._embed_positions(cache.position, cache.position + length)).to(self._compute_dtype())
+        for block, modulation, layer in zip(self.blocks, cache.modulations, cache.layers, strict=True):
+            x = block(x, modulation, None, layer, cache.position)
+        cache.step += 1
+        cache.position += length
+        return self.head(modulated_norm(x, *cache.head_modulation, self.config.norm_eps))
+
+    # -- parts of both -------------------------------------------------------------------------------------------
+
+    def embed_labels(self, labels_B: Tensor) -> Tensor:
+        """Return the class condition (B, C), float32."""
+        return self.class_embedding(labels_B).float()
+
+    def _project(self, x_BlZ: Tensor) -> Tensor:
+        # sums of embeddings stay float32 whatever autocast says: features differ in their last digits
+        with torch.autocast(x_BlZ.device.type, enabled=False):
+            layer = self.input_projection
+            return F.linear(x_BlZ.float(), layer.weight.float(), layer.bias.float())
+
+    def _embed_positions(self, start: int, end: int) -> Tensor:
+        steps = self.step_embedding(self.step_of_token_L[start:end])
+        return steps.float() + self.positions[:, start:end].float()
+
+    def _modulate(self, condition_BC: Tensor) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+        """Return what the class decides: each block's modulation, and scale and shift of the last norm."""
+        activated = F.silu(condition_BC)
+        shared = None
+        if self.shared_modulation is not None:
+            shared = linear(self.shared_modulation, activated).view(activated.shape[0], 1, 6, -1)
+        scale, shift = linear(self.head_modulation, activated).unsqueeze(1).chunk(2, dim=-1)
+        return [block.modulate(activated, shared) for block in self.blocks], (scale, shift)
+
+    def _step_mask(self, dtype: torch.dtype) -> Tensor:
+        """0 where a token may look, -inf where the other one's step is later: (L, L)."""
+        steps = self.step_of_token_L
+        later_LL = steps.unsqueeze(1) < steps.unsqueeze(0)
+        return torch.zeros(later_LL.shape, dtype=dtype, device=steps.device).masked_fill(later_LL, -math.inf)
+
+    def _compute_dtype(self) -> torch.dtype:
+        weight = self.output_projection.weight
+        if torch.is_autocast_enabled(weight.device.type):
+            return torch.get_autocast_dtype(weight.device.type)
+        return weight.dtype
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def undecayed_parameters(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone: biases, positions, steps, temperatures, offsets."""
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.ndim == 1 or name.endswith("bias") or any(part in name for part in _UNDECAYED)
+        }
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw every weight anew, as the paper's models start.
+
+        Embeddings and linear weights are normal with std sqrt(1 / (3C)); head, modulation and the layers that write
+        into the residual stream then start smaller.
+        """
+        config = self.config
+        std = config.init_std if config.init_std is not None else math.sqrt(1 / (3 * config.width))
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=std, generator=generator)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+        nn.init.trunc_normal_(self.start_position, std=std, generator=generator)
+        nn.init.trunc_normal_(self.positions, std=std, generator=generator)
+        self.output_projection.weight.mul_(config.init_head)
+        self.head_modulation.weight.mul_(config.init_adaln)
+        for block in self.blocks:
+            block.attention.q_bias.zero_()
+            block.attention.v_bias.zero_()
+            if block.attention.log_scale is not None:
+                block.attention.log_scale.fill_(math.log(4.0))
+            for layer in (block.attention.proj, block.feed_forward.fc2):
+                layer.weight.div_(math.sqrt(2 * config.depth))
+            if block.modulation_offset is not None:
+                modulation = block.modulation_offset.normal_(generator=generator).div_(math.sqrt(config.width))
+                gates, others = modulation[:, :, :2], modulation[:, :, 2:]
+            else:
+                gates, others = block.modulation.weight.split((2 * config.width, 4 * config.width))
+            gates.mul_(config.init_adaln_gamma)
+            others.mul_(config.init_adaln)
+
+
+def drop_labels(labels_B: Tensor, num_classes: int, rate: float, generator: torch.Generator | None = None) -> Tensor:
+    """Replace each label by `num_classes`, which stands for no class, with chance `rate`.
+
+    generator: on the labels' device; None uses torch's own. Classifier-free guidance needs the result in training.
+    """
+    dropped_B = torch.rand(labels_B.shape, generator=generator, device=labels_B.device) < rate
+    return torch.where(dropped_B, num_classes, labels_B)

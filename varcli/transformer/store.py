@@ -1,0 +1,56 @@
+"""Transformers on disk: a folder with `weights.safetensors` and a manifest that names the tokenizer they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from varcli import config as configs
+from varcli.artifacts.manifest import Manifest, write_manifest
+from varcli.artifacts.verify import read_checked_tensors, read_manifest, require_finite
+from varcli.artifacts.weights import load_state
+from varcli.artifacts.write import prepare_folder, write_tensors
+from varcli.errors import ArtifactError
+from varcli.transformer.base import TransformerConfig
+from varcli.transformer.model import Transformer
+
+KIND = "transformer"
+WEIGHTS_NAME = "weights.safetensors"
+
+
+def save_transformer(
+    folder: Path, model: Transformer, info: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> Manifest:
+    """Write a transformer folder and return its manifest.
+
+    info: JSON values for the manifest; "tokenizer" (fingerprint of the tokenizer whose codes it predicts),
+    "patch_nums" and "order" must be there, "classes" (names by index) and others may.
+    dtype: storage type of the weights, e.g. torch.float16 for half the size; None keeps theirs.
+    Raises ArtifactError if the folder cannot be written.
+    """
+    missing = [key for key in ("tokenizer", "patch_nums", "order") if key not in info]
+    assert not missing, f"a transformer's manifest needs {missing}"
+    state = {name: tensor.detach().to("cpu", dtype or tensor.dtype) for name, tensor in model.state_dict().items()}
+    folder = prepare_folder(folder, need_bytes=sum(tensor.nbytes for tensor in state.values()))
+    write_tensors(folder / WEIGHTS_NAME, state)
+    return write_manifest(folder, KIND, {"config": configs.to_dict(model.config), **info}, files=[WEIGHTS_NAME])
+
+
+def load_transformer(folder: Path, device: torch.device | str = "cpu") -> tuple[Transformer, Manifest]:
+    """Read a transformer folder in float32, ready for inference, with its manifest.
+
+    Raises ArtifactError (IntegrityError for changed bytes) if it is not whole or its weights do not fit its config.
+    """
+    manifest = read_manifest(folder, KIND)
+    if "config" not in manifest.info:
+        raise ArtifactError(f"the manifest of `{folder}` has no config", "it was edited; restore it from a copy")
+    config = configs.from_dict(TransformerConfig, manifest.info["config"])
+    state = read_checked_tensors(folder, WEIGHTS_NAME, manifest)
+    require_finite(state, f"`{folder}`")
+    with torch.device("meta"):  # the weights come from the file: drawing them first would be work for nothing
+        model = Transformer(config)
+    load_state(model, {name: tensor.float() for name, tensor in state.items()}, folder, assign=True)
+    return model.to(device).eval().requires_grad_(False), manifest
