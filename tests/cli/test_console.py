@@ -1,0 +1,98 @@
+"""What people and programs see: results, tables, progress with and without a terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from varcli.cli import console
+from varcli.progress import Step
+
+
+def test_printable_leaves_text_alone_and_shows_what_is_hidden():
+    text = "Fußgänger 🚶 [/x]\n\ttab"
+    assert console.printable(text) == text
+    assert console.printable("a\x00b\x9bc") == "a\\x00b\\x9bc"
+
+
+def test_results_and_remarks_go_to_different_streams(capsys: pytest.CaptureFixture[str]):
+    console.result("done")
+    console.note("chose cpu")
+    seen = capsys.readouterr()
+    assert (seen.out, seen.err) == ("done\n", "chose cpu\n")
+
+
+def test_table_aligns_numbers_to_the_right(capsys: pytest.CaptureFixture[str]):
+    console.table(["set", "KID"], [["model", "0.5"], ["real", "0.0123"]], title="measured")
+    assert capsys.readouterr().out == "measured\nset       KID\n-----  ------\nmodel     0.5\nreal   0.0123\n"
+
+
+def test_progress_without_terminal_is_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    on_step = console.progress("training")
+    for done in range(1, 25):
+        now[0] += 1.0
+        on_step(Step(done, 24, values={"loss": 4.0}, message="saved" if done == 7 else None))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "training: 5/24 steps, 1 steps/s, 19s left, loss 4",
+        "saved",
+        "training: 10/24 steps, 1 steps/s, 14s left, loss 4",
+        "training: 15/24 steps, 1 steps/s, 9s left, loss 4",
+        "training: 20/24 steps, 1 steps/s, 4s left, loss 4",
+        "training: 24/24 steps, 1 steps/s, loss 4",
+    ]
+
+
+def test_rate_of_a_resumed_job_counts_from_where_it_went_on(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    clock = console._Clock()
+    clock.update(Step(1000, 1100))
+    now[0] = 10.0
+    clock.update(Step(1050, 1100))
+    assert clock.rate == pytest.approx(5.0)
+
+
+@pytest.fixture
+def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(console, "_is_terminal", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what rich asks
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return capsys
+
+
+def test_progress_on_a_terminal_is_a_bar_that_closes_itself(terminal: pytest.CaptureFixture[str]):
+    on_step = console.progress("[/x] sampling")
+    on_step(Step(1, 2, "images", {"loss": 1.5}))
+    assert console._Bar.running is on_step
+    on_step(Step(2, 2, "images", message="[bold] half \x1b"))
+    assert console._Bar.running is None
+    seen = terminal.readouterr().err
+    assert "[/x] sampling" in seen
+    assert "2/2 images" in seen
+    assert "[bold] half \\x1b" in seen
+    assert seen.rstrip().endswith("\x1b[?25h")  # the cursor is given back
+
+
+def test_anything_printed_closes_the_bar_first(terminal: pytest.CaptureFixture[str]):
+    on_step = console.progress("sampling")
+    on_step(Step(1, 2))
+    console.error("bad")
+    assert console._Bar.running is None
+
+
+def test_colour_obeys_no_color(terminal: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    console.error("bad")
+    assert terminal.readouterr().err == "\x1b[1;31merror:\x1b[0m bad\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    console.error("bad")
+    assert terminal.readouterr().err == "error: bad\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (59, "59s"), (61, "1m01s"), (3660, "1h01m"), (90_000, "1d01h")]
+)
+def test_durations_read_well(seconds: float, text: str):
+    assert console.format_seconds(seconds) == text
