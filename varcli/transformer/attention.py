@@ -52,7 +52,7 @@ class SelfAttention(nn.Module):
         self.register_parameter("log_scale", None)
         self.softmax_scale = 0.25 / math.sqrt(config.head_width)  # a quarter of the usual, as released
         if config.qk_norm:
-            self.log_scale = nn.Parameter(torch.full((config.num_heads, 1, 1), math.log(4.0)))
+            self.log_scale = nn.Parameter(torch.full((1, config.num_heads, 1, 1), math.log(4.0)))
             self.softmax_scale = 1.0
         self.proj = nn.Linear(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
