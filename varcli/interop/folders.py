@@ -135,7 +135,7 @@ def export_official(model_folder: Path, out: Path) -> ExportResult:
         tokenizer = tokenizers.load_tokenizer(model_folder / tokenizers.KIND)
         config = tokenizer.config
         files[f"vae_ch{config.width}v{config.vocab_size}z{config.code_channels}.safetensors"] = _renamed(
-            tokenizer, tokenizer_names(tokenizer.state_dict(), config)
+            tokenizer, tokenizer_names(tokenizer.state_dict(), config.num_phis)
         )
         options["tokenizer"] = tokenizer_options(config)
         if config.norm_groups != _REFERENCE_GROUPS:

@@ -60,7 +60,7 @@ def load_tokenizer(source: Source, **config: Any) -> VQVAE:
     options.check("image_size", tokenizer_config.image_size)
     with torch.device("meta"):
         tokenizer = VQVAE(tokenizer_config)
-    names = tokenizer_names(tokenizer.state_dict(), tokenizer_config)
+    names = tokenizer_names(tokenizer.state_dict(), tokenizer_config.num_phis)
     return _fill(tokenizer, names, _with_usage(state, tokenizer_config), {}, found.where)
 
 
@@ -79,7 +79,7 @@ def load_quantizer(source: Source, **config: Any) -> MultiScaleQuantizer:
     quantizer_config = configs.from_dict(TokenizerConfig, _quantizer_settings(state, options, found))
     with torch.device("meta"):
         quantizer = MultiScaleQuantizer(quantizer_config)
-    names = quantizer_names(quantizer.state_dict(), quantizer_config)
+    names = quantizer_names(quantizer.state_dict(), quantizer_config.num_phis)
     return _fill(quantizer, names, _with_usage(state, quantizer_config), {}, found.where)
 
 

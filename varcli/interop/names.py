@@ -12,7 +12,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from varcli.tokenizer import TokenizerConfig
 from varcli.transformer import TransformerConfig
 
 _TOKENIZER_RENAMES = (
@@ -47,20 +46,20 @@ _TRANSFORMER_RENAMES = (
 )
 
 
-def tokenizer_names(ours: Iterable[str], config: TokenizerConfig) -> dict[str, str]:
-    """Map names of a VQVAE's state dict to the released code's."""
+def tokenizer_names(ours: Iterable[str], num_phis: int) -> dict[str, str]:
+    """Map names of a VQVAE's state dict to the released code's; `num_phis` as in TokenizerConfig."""
     prefix = "quantizer."
     return {
-        name: f"quantize.{_quantizer_name(name.removeprefix(prefix), config)}"
+        name: f"quantize.{_quantizer_name(name.removeprefix(prefix), num_phis)}"
         if name.startswith(prefix)
         else _rename(name, _TOKENIZER_RENAMES)
         for name in ours
     }
 
 
-def quantizer_names(ours: Iterable[str], config: TokenizerConfig) -> dict[str, str]:
+def quantizer_names(ours: Iterable[str], num_phis: int) -> dict[str, str]:
     """Map names of a MultiScaleQuantizer's state dict to the released code's, which start with `quantize.`."""
-    return {name: f"quantize.{_quantizer_name(name, config)}" for name in ours}
+    return {name: f"quantize.{_quantizer_name(name, num_phis)}" for name in ours}
 
 
 def transformer_names(ours: Iterable[str]) -> dict[str, str]:
@@ -79,13 +78,13 @@ def transformer_buffers(config: TransformerConfig) -> dict[str, Tensor]:
     return buffers | {f"blocks.{index}.attn.zero_k_bias": zeros for index in range(config.depth)}
 
 
-def _quantizer_name(name: str, config: TokenizerConfig) -> str:
+def _quantizer_name(name: str, num_phis: int) -> str:
     if not name.startswith("phis."):
         return _QUANTIZER_RENAMES[name]
     _, index, part = name.split(".")
-    if config.num_phis == 1:
+    if num_phis == 1:
         return f"quant_resi.qresi.{part}"
-    return f"quant_resi.{index}.{part}" if config.num_phis == 0 else f"quant_resi.qresi_ls.{index}.{part}"
+    return f"quant_resi.{index}.{part}" if num_phis == 0 else f"quant_resi.qresi_ls.{index}.{part}"
 
 
 def _rename(name: str, renames: tuple[tuple[str, str], ...]) -> str:
