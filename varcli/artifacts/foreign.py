@@ -181,7 +181,7 @@ def _check_members(archive: zipfile.ZipFile, path: Path, size: int) -> None:
     if f"{root}/data.pkl".casefold() not in seen:
         raise refuse("it holds no data.pkl")
     if (damaged := archive.testzip()) is not None:  # also compares each local name with the directory's
-        raise refuse(f"the checksum of `{damaged}` is wrong: it was damaged or edited")
+        raise refuse(f"the checksum or header of `{damaged}` is wrong: it was damaged or edited")
 
 
 def _read_pickle(archive: zipfile.ZipFile, path: Path) -> bytes:

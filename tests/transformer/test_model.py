@@ -1,0 +1,169 @@
+"""Laws of the transformer: who sees whom, cached steps, precision, weights to start from, label dropout."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from varcli.errors import ShapeError
+from varcli.transformer import Transformer, TransformerConfig, drop_labels
+
+LABELS = torch.tensor([0, 3])  # 3 stands for no class
+
+
+@pytest.fixture
+def features():
+    return torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def lively_transformer(tiny_transformer):
+    """The tiny transformer with open gates and a large head, so that every part shows in the logits."""
+    config = tiny_transformer.config
+    torch.manual_seed(2)
+    return Transformer(TransformerConfig(**{**vars(config), "init_adaln_gamma": 1.0, "init_head": 1.0})).eval()
+
+
+@torch.no_grad()
+def test_a_token_sees_its_own_step_and_earlier_ones_only(lively_transformer, features):
+    logits = lively_transformer(LABELS, features)
+    for token, (first, last) in {0: (1, 5), 3: (1, 5), 4: (5, 21), 19: (5, 21)}.items():
+        changed = features.clone()
+        changed[:, token] += 1
+        moved = (lively_transformer(LABELS, changed) - logits).abs().amax(dim=(0, 2)) > 0
+        assert not moved[:first].any(), f"feature {token} reached an earlier step"
+        assert moved[first:last].all(), f"feature {token} did not reach its own step"
+        assert moved[last:].all(), f"feature {token} did not reach a later step"
+
+
+@torch.no_grad()
+def test_logits_depend_on_the_class_and_on_no_other_sample(lively_transformer, features):
+    logits = lively_transformer(LABELS, features)
+    other = lively_transformer(torch.tensor([1, 3]), features)
+    assert not torch.equal(logits[0], other[0])
+    torch.testing.assert_close(logits[1], other[1])
+    torch.testing.assert_close(lively_transformer(LABELS[1:], features[1:]), logits[1:], atol=1e-6, rtol=1e-5)
+
+
+def test_hidden_then_head_is_the_forward_pass(lively_transformer, features):
+    model = lively_transformer
+    whole = model.head(model.hidden(LABELS, features))
+    assert torch.equal(whole, model(LABELS, features))
+    assert whole.dtype == torch.float32 and whole.shape == (2, 21, 16)
+
+
+@pytest.mark.parametrize("changes", [{}, {"shared_adaln": True}, {"qk_norm": False}, {"mlp_ratio": 2.5}])
+@torch.no_grad()
+def test_cached_steps_match_teacher_forced_logits(lively_transformer, features, changes):
+    model = Transformer(TransformerConfig(**{**vars(lively_transformer.config), **changes})).eval()
+    cache = model.start_cache(LABELS)
+    steps = [model.step(x_BlZ, cache) for x_BlZ in (None, features[:, :4], features[:, 4:])]
+    torch.testing.assert_close(torch.cat(steps, dim=1), model(LABELS, features), atol=2e-6, rtol=1e-5)
+    assert (cache.step, cache.position) == (3, 21)
+
+
+def test_features_of_another_length_are_refused(tiny_transformer, features):
+    with pytest.raises(ShapeError, match=r"x must have shape \(2, 20, 8\), but has \(2, 19, 8\)"):
+        tiny_transformer(LABELS, features[:, :19])
+    cache = tiny_transformer.start_cache(LABELS)
+    tiny_transformer.step(None, cache)
+    with pytest.raises(ShapeError, match="x must have shape"):
+        tiny_transformer.step(features[:, :3], cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_weights_in_half_precision_work_as_autocast_does(lively_transformer, features, dtype):
+    exact = lively_transformer(LABELS, features)
+    with torch.autocast("cpu", dtype):
+        autocast = lively_transformer(LABELS, features)
+    half = lively_transformer.to(dtype)(LABELS, features)
+    # eight mantissa bits of bfloat16 through two blocks: a few times 1/256 of the largest logit
+    limit = exact.abs().max() * (8 / 256 if dtype == torch.bfloat16 else 8 / 2048)
+    assert autocast.dtype == half.dtype == torch.float32
+    assert (autocast - exact).abs().max() < limit
+    assert (half - exact).abs().max() < limit
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_whole_forward_pass_compiles_as_one_graph(lively_transformer, features, autocast):
+    compiled = torch.compile(lively_transformer, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        torch.testing.assert_close(compiled(LABELS, features), lively_transformer(LABELS, features))
+
+
+def test_drop_path_is_a_matter_of_training_alone(tiny_transformer, features):
+    model = Transformer(
+        TransformerConfig(
+            **{**vars(tiny_transformer.config), "drop_path": 0.9, "init_adaln_gamma": 1.0, "init_head": 1.0}
+        )
+    )
+    assert [block.drop_path for block in model.blocks] == [0.0, 0.9]
+    assert not torch.equal(model.train()(LABELS, features), model(LABELS, features))
+    assert torch.equal(model.eval()(LABELS, features), model(LABELS, features))
+
+
+def test_fresh_weights_have_the_spread_of_the_paper():
+    torch.manual_seed(0)
+    config = TransformerConfig(width=192, num_heads=3, depth=2, step_lengths=(1, 4), init_adaln_gamma=1e-3)
+    model, std = Transformer(config), math.sqrt(1 / (3 * 192))
+    block = model.blocks[1]
+    gates, others = block.modulation.weight.split((2 * 192, 4 * 192))
+    expected = {
+        model.class_embedding.weight: std,
+        model.positions: std,
+        block.attention.qkv.weight: std,
+        block.feed_forward.fc1.weight: std,
+        block.attention.proj.weight: std / 2,  # over sqrt(2 * depth)
+        block.feed_forward.fc2.weight: std / 2,
+        gates: std * 1e-3,
+        others: std * 0.5,
+        model.head_modulation.weight: std * 0.5,
+        model.output_projection.weight: std * 0.02,
+    }
+    for weight, spread in expected.items():
+        assert weight.std().item() == pytest.approx(spread, rel=0.1)
+    for name, parameter in model.named_parameters():
+        assert "bias" not in name or not parameter.any()
+
+
+def test_a_fresh_model_predicts_nearly_uniformly():
+    torch.manual_seed(0)
+    config = TransformerConfig(width=64, num_heads=1, depth=2, step_lengths=(1, 4), vocab_size=32, code_channels=8)
+    logits = Transformer(config)(torch.tensor([7]), torch.randn(1, 4, 8))
+    assert logits.abs().max() < 0.1
+
+
+def test_shared_modulation_offsets_start_with_smaller_gates():
+    torch.manual_seed(0)
+    config = TransformerConfig(width=256, num_heads=4, depth=1, step_lengths=(1,), shared_adaln=True)
+    gates, others = Transformer(config).blocks[0].modulation_offset.split((2, 4), dim=2)
+    assert gates.std().item() == pytest.approx(1e-3 / 16, rel=0.1)
+    assert others.std().item() == pytest.approx(0.5 / 16, rel=0.1)
+
+
+def test_the_same_generator_draws_the_same_weights(tiny_transformer):
+    drawn = []
+    for _ in range(2):
+        tiny_transformer.init_weights(torch.Generator().manual_seed(3))
+        drawn.append([parameter.detach().clone() for parameter in tiny_transformer.parameters()])
+    assert all(torch.equal(first, second) for first, second in zip(*drawn, strict=True))
+
+
+def test_weight_decay_spares_biases_positions_and_temperatures(tiny_transformer):
+    spared = tiny_transformer.undecayed_parameters()
+    assert {"start_position", "positions", "step_embedding.weight", "blocks.0.attention.log_scale"} <= spared
+    assert {"class_embedding.weight", "input_projection.weight", "blocks.0.attention.qkv.weight"}.isdisjoint(spared)
+
+
+def test_label_dropout_replaces_the_asked_share():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(10_000) % 10
+    dropped = drop_labels(labels, 10, 0.1, generator)
+    gone = dropped == 10
+    assert gone.float().mean().item() == pytest.approx(0.1, abs=0.012)  # four standard errors
+    assert torch.equal(dropped[~gone], labels[~gone])
+    assert torch.equal(drop_labels(labels, 10, 0.0), labels)
+    assert (drop_labels(labels, 10, 1.0) == 10).all()
