@@ -42,14 +42,11 @@ def load_tokenizer(source: Source, **config: Any) -> VQVAE:
     found = _read(source)
     state = _pick(found, "tokenizer")
     options = Options(config, TOKENIZER_OPTIONS, found.where)
-    widths = _level_widths(state, found.where)
-    multipliers = tuple(width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths)
-    if not all(isinstance(multiplier, int) for multiplier in multipliers):
-        raise ArtifactError(f"`{found.where}`: level widths {widths} are not multiples of the first")
+    width = _size(state, "encoder.conv_in.weight", 0, found.where)
     settings = _quantizer_settings(state, options, found)
     settings |= {
-        "width": options.check("ch", _size(state, "encoder.conv_in.weight", 0, found.where)),
-        "channel_multipliers": options.check("ch_mult", multipliers),
+        "width": options.check("ch", width),
+        "channel_multipliers": options.check("ch_mult", _multipliers(state, width, found.where)),
         "num_res_blocks": options.check("num_res_blocks", _count(state, r"encoder\.down\.0\.block\.(\d+)\.")),
         "quant_conv_kernel": options.check("quant_conv_ks", _size(state, "quant_conv.weight", 3, found.where)),
         "norm_groups": options.get("norm_groups", 32),
@@ -206,9 +203,13 @@ def _transformer_sides(state: State, options: Options, found: Checkpoint) -> tup
     return sides
 
 
-def _level_widths(state: State, where: str) -> list[int]:
-    count = _count(state, r"encoder\.down\.(\d+)\.")
-    return [_size(state, f"encoder.down.{level}.block.0.conv1.weight", 0, where) for level in range(max(count, 1))]
+def _multipliers(state: State, width: int, where: str) -> tuple[int, ...]:
+    """Return the channels of each level over those of the first convolution."""
+    num_levels = max(_count(state, r"encoder\.down\.(\d+)\."), 1)
+    widths = [_size(state, f"encoder.down.{level}.block.0.conv1.weight", 0, where) for level in range(num_levels)]
+    if not width or any(level % width for level in widths):
+        raise ArtifactError(f"`{where}`: its levels have {widths} channels, which are not multiples of {width}")
+    return tuple(level // width for level in widths)
 
 
 def _size(state: State, name: str, dimension: int, where: str) -> int:

@@ -104,6 +104,8 @@ class Options:
 
 
 def _refuse_near_miss(name: str, known: tuple[str, ...]) -> None:
+    if name in (*TOKENIZER_OPTIONS, *TRANSFORMER_OPTIONS):
+        return  # of the other model: a file of notes may describe both
     meant = _OTHER_NAMES.get(name)
     near = [meant] if meant in known else difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.8)
     if near:
