@@ -74,8 +74,8 @@ def transformer_buffers(config: TransformerConfig) -> dict[str, Tensor]:
     later_LL = steps_1L.T < steps_1L
     mask = torch.zeros(later_LL.shape).masked_fill(later_LL, -math.inf)
     buffers = {"lvl_1L": steps_1L, "attn_bias_for_masking": mask[None, None]}
-    zeros = torch.zeros(config.width)
-    return buffers | {f"blocks.{index}.attn.zero_k_bias": zeros for index in range(config.depth)}
+    zeros = {f"blocks.{index}.attn.zero_k_bias": torch.zeros(config.width) for index in range(config.depth)}
+    return buffers | zeros  # each its own memory: safetensors store no tensor twice
 
 
 def _quantizer_name(name: str, num_phis: int) -> str:
