@@ -99,6 +99,7 @@ def import_official(
                 "source": source,
             }
             transformers.save_transformer(out / transformers.KIND, transformer, info)
+    on_step(Step(len(paths) + 2, len(paths) + 2, "parts"))
     models = {"tokenizer": tokenizer, "transformer": transformer}
     return ImportResult(
         folder=out,
