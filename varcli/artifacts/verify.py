@@ -131,6 +131,29 @@ def read_tensors(path: Path) -> dict[str, Any]:
     return parse_tensors(_read_regular(path, path.stat().st_size), path)
 
 
+def read_tensor_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype ("F32", "F16", ...) and shape of every tensor in a safetensors file, without reading the tensors.
+
+    Raises ArtifactError if it is no safetensors file, or shorter than its header says.
+    """
+    path = Path(path).resolve()
+    start = _read_regular(path, 8 + _MAX_HEADER)
+    check_tensor_header(start, path)
+    (length,) = struct.unpack("<Q", start[:8])
+    try:
+        entries = {name: entry for name, entry in json.loads(start[8 : 8 + length]).items() if name != "__metadata__"}
+        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+        header = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+        raise ArtifactError(f"`{path}` has a damaged safetensors header") from None
+    if path.stat().st_size != 8 + length + end:
+        raise ArtifactError(
+            f"`{path}` is not whole: {path.stat().st_size:,} bytes, and its header speaks of {8 + length + end:,}",
+            "fetch or make it again",
+        )
+    return header
+
+
 def parse_tensors(data: bytes, path: Path) -> dict[str, Any]:
     """Parse safetensors bytes into torch tensors. `path` is for messages. Raises ArtifactError if they are damaged."""
     import safetensors.torch
