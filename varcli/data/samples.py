@@ -41,6 +41,17 @@ def sample_name(class_index: int, index: int) -> str:
     return f"{class_index:04d}-{index:05d}.png"
 
 
+def sample_class(name: str) -> int | None:
+    """Class index in a sample's file name, or None if `name` is not a sample's."""
+    match = _SAMPLE.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Say whether `folder` was begun by a `SamplesWriter` that did not get to the end."""
+    return (folder / _PLAN_NAME).exists() and not (folder / MANIFEST_NAME).exists()
+
+
 def make_grid(images: Tensor | np.ndarray, columns: int | None = None, padding: int = 2) -> Image.Image:
     """Lay images out row by row on white.
 

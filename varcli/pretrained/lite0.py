@@ -150,3 +150,9 @@ def load_lite0(device: torch.device | str = "cpu") -> Lite0:
         network = Lite0()
         load_state(network, {name: tensor.float() for name, tensor in state.items()}, folder)
     return network.to(device).eval().requires_grad_(False)
+
+
+def weights_sha256() -> str:
+    """Return the SHA-256 of the weights file, as lower-case hex."""
+    with as_file(files("varcli") / "embedded" / "lite0") as folder:
+        return read_manifest(folder, KIND).files[WEIGHTS_NAME].sha256

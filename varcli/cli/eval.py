@@ -1,0 +1,119 @@
+"""`varcli eval`: how good samples are, beside real images measured in the same way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from varcli.cli import console
+from varcli.cli.options import BatchSizeOption, DeviceOption, JsonOption
+
+
+def evaluate(
+    samples: Annotated[Path, Argument(help="Folder of images, e.g. from `varcli sample`, or an npz file.")],
+    ref: Annotated[
+        str | None,
+        Option(
+            "--ref",
+            help="Real images: a folder, an npz file with images or statistics, or emoji64; default: what the samples' "
+            "manifest names.",
+            show_default=False,
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        Option(
+            "--metrics",
+            help="Comma-separated: fid, sfid, inception_score, precision, recall, kid, density, coverage; default: the "
+            "usual ones for the features.",
+            show_default=False,
+        ),
+    ] = None,
+    features: Annotated[
+        str, Option("--features", help="inception, lite0, or auto: Inception if its weights are at hand.")
+    ] = "auto",
+    inception_weights: Annotated[
+        Path | None,
+        Option(
+            "--inception-weights",
+            help="weights-inception-2015-12-05-6726825d.pth; default: VARCLI_INCEPTION_WEIGHTS, then torch's downloads.",
+            show_default=False,
+        ),
+    ] = None,
+    allow_unknown_weights: Annotated[
+        bool, Option("--allow-unknown-weights", help="Take Inception weights other than the published ones.")
+    ] = False,
+    floor: Annotated[bool, Option("--floor/--no-floor", help="Also measure real images in the samples' place.")] = True,
+    batch_size: BatchSizeOption = None,
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Measure samples against real images: FID, Inception Score, precision, recall and others."""
+    from varcli.metrics.evaluate import EvalConfig
+    from varcli.metrics.evaluate import evaluate as run
+
+    config = EvalConfig(
+        reference=ref,
+        metrics=None if metrics is None else tuple(name.strip() for name in metrics.split(",") if name.strip()),
+        features=features,
+        inception_weights=inception_weights,
+        allow_unknown_weights=allow_unknown_weights,
+        device=device,
+        batch_size=batch_size,
+        floor=floor,
+    )
+    result = run(samples, config, on_step=console.progress("reading images"))
+    if json:
+        console.json_result(result.to_json())
+        return
+    show(result)
+
+
+def show(result: Any) -> None:
+    """Print an EvalResult for people: the numbers with the floor beside them, then what they stand for."""
+    from varcli.metrics.compute import larger_is_better
+
+    network = result.features["network"]
+    rows = []
+    for name, value in result.metrics.items():
+        better = "higher" if larger_is_better(name, network) else "lower"
+        row = (name, _number(value), _number(result.floor.get(name)), better)
+        rows.append(row if result.floor else (row[0], row[1], row[3]))
+    console.table(
+        ("metric", "samples", "real images", "better") if result.floor else ("metric", "samples", "better"), rows
+    )
+    console.result("")
+    console.result(f"samples:     {_images(result.samples)}")
+    if result.reference is not None:
+        console.result(f"reference:   {_images(result.reference)}")
+    if result.floor:
+        console.result(f"real images: {result.floor_images}")
+    console.result(f"features:    {network}, weights {result.features['weights_sha256'][:12]}")
+    for name, reason in result.skipped.items():
+        console.note(f"skipped {name}: {reason}")
+    for warning in result.warnings:
+        console.note(f"warning: {warning}")
+    if network != "inception":
+        console.note(
+            "for FID, fetch weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases and pass "
+            "--inception-weights PATH"
+        )
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def _images(described: dict[str, Any]) -> str:
+    parts = [str(described["path"])]
+    if "count" in described:
+        parts.append(f"{described['count']:,} images, {described['width']} x {described['height']}")
+        if described["preparation"] != "as they are":
+            parts.append(str(described["preparation"]))
+    if "statistics" in described:
+        parts.append("stored statistics")
+    return "; ".join(parts)

@@ -1,0 +1,281 @@
+"""The core of `varcli eval`: samples and reference in, numbers and everything that moves them out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from varcli import __version__
+from varcli.devices import resolve_device
+from varcli.errors import DataError, ShapeError
+from varcli.metrics import cautions
+from varcli.metrics.arrays import Rows
+from varcli.metrics.base import FeatureSet
+from varcli.metrics.compute import METRICS, choose_names, compute
+from varcli.metrics.features import ExtractedSet, Extractor, choose_extractor, extract_features
+from varcli.metrics.inception_score import inception_score
+from varcli.metrics.reference import Reference, default_reference, open_reference
+from varcli.metrics.samples import Samples, open_samples
+from varcli.metrics.sources import ImageSource
+from varcli.metrics.statistics import Statistics
+from varcli.progress import OnStep, ignore
+
+_SHUFFLE_SEED = 0  # of the order in which the Inception Score reads a folder, and of the halves of a reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How samples are evaluated."""
+
+    reference: str | None = None  # folder, npz file or "emoji64"; None takes what the samples' manifest names
+    metrics: tuple[str, ...] | None = None  # names of METRICS, or as they appear in results; None takes the usual ones
+    features: str = "auto"  # inception, lite0, or auto: Inception if its weights are at hand
+    inception_weights: Path | None = None  # file; None looks in $VARCLI_INCEPTION_WEIGHTS and torch's download folder
+    allow_unknown_weights: bool = False  # take Inception weights other than the published ones
+    device: str = "auto"  # as in `varcli.devices.resolve_device`
+    batch_size: int | None = None  # images at a time; None chooses
+    floor: bool = True  # also measure real images in the samples' place
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """Numbers, and what they stand for."""
+
+    metrics: dict[str, float]  # by name, in the order asked for
+    skipped: dict[str, str]  # metrics that could not be computed, and why
+    floor: dict[str, float]  # the same metrics of real images in the samples' place; empty if there are none
+    floor_images: str | None  # which real images those are
+    samples: dict[str, Any]  # path, count, size, order, preparation
+    reference: dict[str, Any] | None  # likewise, or None if no metric needs one
+    features: dict[str, Any]  # network, hash of its weights, preprocessing, device
+    warnings: tuple[str, ...]  # what a reader must know before comparing the numbers
+    versions: dict[str, str]  # of varcli and of the libraries that compute
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object: each number under its own name, the rest beside them."""
+        return {
+            **self.metrics,
+            "floor": {"images": self.floor_images, **self.floor} if self.floor else None,
+            "skipped": self.skipped,
+            "samples": self.samples,
+            "reference": self.reference,
+            "features": self.features,
+            "warnings": list(self.warnings),
+            "versions": self.versions,
+        }
+
+
+def evaluate(samples: Path | Tensor, config: EvalConfig | None = None, on_step: OnStep = ignore) -> EvalResult:
+    """Measure samples against a reference.
+
+    samples: a folder of images, an npz file (images, or statistics alone), or uint8 (N, 3, H, W). Raises VarcliError
+    children for input that cannot be used, and DataError if not one of the metrics can be computed.
+    """
+    config = config or EvalConfig()
+    device = resolve_device(config.device)
+    with contextlib.ExitStack() as stack:
+        opened = open_samples(samples)
+        extractor = choose_extractor(config.features, config.inception_weights, device, config.allow_unknown_weights)
+        names = choose_names(config.metrics, extractor.name)
+        reference = None
+        if any(_needs_reference(name, extractor.name) for name in names):
+            reference = open_reference(config.reference or default_reference(opened.info), opened.side, stack)
+        run = _Run(extractor, names, config, on_step)
+        return run.evaluate(opened, reference)
+
+
+def compute_metrics(
+    samples: FeatureSet | Rows | Path | str,
+    reference: FeatureSet | Rows | Path | str | None = None,
+    names: Sequence[str] | None = None,
+    *,
+    features: str = "auto",
+    inception_weights: Path | None = None,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """Compute metrics of samples against a reference and return them by name.
+
+    samples, reference: features (N, D) as arrays; FeatureSets, which may hold logits and statistics too; uint8 images
+    (N, 3, H, W) as samples; or paths as in `evaluate`. names: of METRICS; None takes the usual ones that can be computed.
+    features, inception_weights: the network that reads images, see `choose_extractor`. Raises DataError if a metric of
+    `names` cannot be computed.
+    """
+    if isinstance(samples, (str, Path)) or (isinstance(samples, Tensor) and samples.dtype == torch.uint8):
+        config = EvalConfig(
+            reference=None if reference is None else str(reference),
+            metrics=None if names is None else tuple(names),
+            features=features,
+            inception_weights=inception_weights,
+            device=device,
+            floor=False,
+        )
+        result = evaluate(Path(samples) if isinstance(samples, str) else samples, config)
+        values, skipped = result.metrics, result.skipped
+    else:
+        sets = [FeatureSet(features=rows) if isinstance(rows, Rows) else rows for rows in (samples, reference)]
+        if not all(entry is None or isinstance(entry, FeatureSet) for entry in sets) or sets[0] is None:
+            raise ShapeError("samples and reference must both be features or both be paths")
+        values, skipped = compute(*sets, choose_names(names, None), device=device)
+    if names is not None and skipped:
+        name, reason = next(iter(skipped.items()))
+        raise DataError(f"`{name}` cannot be computed: {reason}")
+    return values
+
+
+class _Run:
+    """One evaluation with one network."""
+
+    def __init__(self, extractor: Extractor, names: list[str], config: EvalConfig, on_step: OnStep) -> None:
+        self.extractor = extractor
+        self.names = names
+        self.config = config
+        self.on_step = on_step
+
+    def evaluate(self, opened: Samples, reference: Reference | None) -> EvalResult:
+        """Extract, compute, and put the result together."""
+        self._check_statistics(opened.shown, opened.statistics)
+        if reference is not None:
+            self._check_statistics(reference.shown, reference.statistics)
+        sampled = None if opened.images is None else self._extract(opened.images)
+        sample_set = FeatureSet(statistics=opened.statistics, spatial_statistics=opened.spatial_statistics)
+        order = np.arange(0)
+        if sampled is not None and opened.images is not None:
+            order = _score_order(opened.images)
+            sample_set = _feature_set(sampled, order)
+        real = real_set = None
+        if reference is not None:
+            real = None if reference.images is None else self._extract(reference.images)
+            stored = (reference.statistics, reference.spatial_statistics)
+            real_set = FeatureSet(statistics=stored[0], spatial_statistics=stored[1])
+            if real is not None:
+                real_set = _feature_set(real, np.arange(len(real.features)), *stored)
+        metrics, skipped = self._compute(sample_set, real_set)
+        if not metrics:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+            raise DataError(f"not one metric can be computed: {reasons}")
+        floor, floor_images = self._floor(opened.images, reference, real, real_set)
+        found = cautions.Findings(
+            samples=opened.images,
+            reference=None if reference is None else reference.images,
+            extractor=self.extractor,
+            metrics=metrics,
+            num_repeated=0 if sampled is None else sampled.num_repeated,
+            has_unused_statistics=opened.has_unused_statistics,
+            score_in_other_order=self._other_score(sampled, order, metrics),
+        )
+        described = {"path": opened.shown} if opened.images is None else opened.images.describe()
+        if sampled is not None and opened.images is not None:
+            described["order"] = "as in the file" if opened.images.has_order else f"shuffled, seed {_SHUFFLE_SEED}"
+        return EvalResult(
+            metrics=metrics,
+            skipped=skipped,
+            floor=floor,
+            floor_images=floor_images,
+            samples=described,
+            reference=None if reference is None else _describe(reference),
+            features=self._describe_features(opened.images),
+            warnings=cautions.find(found),
+            versions={"varcli": __version__, **{name: version(name) for name in ("torch", "numpy", "torch-fidelity")}},
+        )
+
+    def _extract(self, source: ImageSource) -> ExtractedSet:
+        return extract_features(source, self.extractor, "sfid" in self.names, self.config.batch_size, self.on_step)
+
+    def _compute(self, samples: FeatureSet, reference: FeatureSet | None) -> tuple[dict[str, float], dict[str, str]]:
+        return compute(samples, reference, self.names, self.extractor.name, self.extractor.device)
+
+    def _floor(
+        self,
+        samples: ImageSource | None,
+        reference: Reference | None,
+        real: ExtractedSet | None,
+        real_set: FeatureSet | None,
+    ) -> tuple[dict[str, float], str | None]:
+        """Measure real images as if they were samples: others of the same data set, or else one half of the reference."""
+        if not self.config.floor or reference is None or reference.images is None or real is None:
+            return {}, None
+        images, count = reference.images, len(real.features)
+        same_classes = samples is not None and samples.classes == images.classes
+        others = reference.more_real_images(
+            count if samples is None else samples.count, samples.labels if same_classes and samples else None
+        )
+        if others is not None:
+            held_out = self._extract(others)
+            floor, _ = self._compute(_feature_set(held_out, _score_order(others)), real_set)
+            return floor, f"{others.count} of {others.shown}"
+        order = np.random.default_rng(_SHUFFLE_SEED).permutation(count)
+        halves = [_feature_set(real, part) for part in np.array_split(order, 2)]
+        floor, _ = self._compute(*halves)
+        return floor, f"one half of the reference ({count - count // 2} images) against the other"
+
+    def _other_score(self, sampled: ExtractedSet | None, order: np.ndarray, metrics: dict[str, float]) -> float | None:
+        """Return the Inception Score in the order that was not used, where it may differ."""
+        if sampled is None or not {"inception_score", f"is_{self.extractor.name}"} & set(metrics):
+            return None
+        in_file_order = np.array_equal(order, np.arange(len(order)))
+        other = np.random.default_rng(_SHUFFLE_SEED).permutation(len(order)) if in_file_order else np.arange(len(order))
+        return inception_score(sampled.logits[other])
+
+    def _check_statistics(self, shown: str, statistics: Statistics | None) -> None:
+        if statistics is not None and statistics.num_features != self.extractor.num_features:
+            raise DataError(
+                f"`{shown}` holds statistics of {statistics.num_features} features, but the network in use "
+                f"({self.extractor.name}) has {self.extractor.num_features}",
+                "stored statistics of papers need --inception-weights"
+                if self.extractor.name != "inception"
+                else "make them again with this network",
+            )
+
+    def _describe_features(self, images: ImageSource | None) -> dict[str, Any]:
+        side = (0, 0) if images is None else (images.height, images.width)
+        return {
+            "network": self.extractor.name,
+            "weights_sha256": self.extractor.weights_sha256,
+            "preprocessing": self.extractor.preprocessing(*side),
+            "device": str(self.extractor.device),
+            "precision": "float32 features, float64 metrics",
+        }
+
+
+def _needs_reference(name: str, network: str) -> bool:
+    return any(metric.reference_needs for metric in METRICS.values() if name in metric.names(network))
+
+
+def _score_order(source: ImageSource) -> np.ndarray:
+    """Return the order in which the Inception Score reads: a file's own, a folder's shuffled, since it is by class."""
+    if source.has_order:
+        return np.arange(source.count)
+    return np.random.default_rng(_SHUFFLE_SEED).permutation(source.count)
+
+
+def _feature_set(
+    extracted: ExtractedSet,
+    order: np.ndarray,
+    statistics: Statistics | None = None,
+    spatial_statistics: Statistics | None = None,
+) -> FeatureSet:
+    """Take rows in an order, which only the Inception Score sees."""
+    return FeatureSet(
+        features=extracted.features[order],
+        spatial=None if extracted.spatial is None else extracted.spatial[order],
+        logits=extracted.logits[order],
+        statistics=statistics,
+        spatial_statistics=spatial_statistics,
+    )
+
+
+def _describe(reference: Reference) -> dict[str, Any]:
+    described = {"path": reference.shown} if reference.images is None else reference.images.describe()
+    if reference.statistics is not None:
+        described["statistics"] = "stored"
+    if reference.sha256 is not None:
+        described["sha256"] = reference.sha256
+    return {**described, "path": reference.shown}

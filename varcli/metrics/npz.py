@@ -1,0 +1,120 @@
+"""npz files of evaluation suites, read without trust: images streamed from the archive, statistics checked."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from varcli.data.paths import escape_path
+from varcli.errors import ArtifactError, DataError, ShapeError, UnsafeFileError
+from varcli.metrics.statistics import Statistics, check_statistics
+
+IMAGES_KEY = "arr_0"
+STATISTICS_KEYS, SPATIAL_KEYS = ("mu", "sigma"), ("mu_s", "sigma_s")
+_MAX_STATISTICS = 2**30  # bytes; a 2048 x 2048 float64 matrix has 34 MB
+
+
+@dataclass(frozen=True, kw_only=True)
+class NpzFile:
+    """What an npz holds, from its headers alone; arrays are read when asked for."""
+
+    path: Path
+    headers: dict[str, tuple[tuple[int, ...], np.dtype, bool]]  # shape, dtype, Fortran order of each array
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """Number, height and width of the images, or None if there are none. Raises ShapeError if they are no images."""
+        if IMAGES_KEY not in self.headers:
+            return None
+        shape, dtype, fortran = self.headers[IMAGES_KEY]
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not math.prod(shape) or fortran:
+            raise ShapeError(
+                f"`{escape_path(str(self.path))}`: {IMAGES_KEY} must be uint8 (N, H, W, 3), but is {dtype} {shape}",
+                "pixel values are whole numbers from 0 to 255, channels last, in C order",
+            )
+        return shape[0], shape[1], shape[2]
+
+    def read_images(self, batch_size: int) -> Iterator[Tensor]:
+        """Yield the images as uint8 (n, 3, H, W); memory holds one batch. Raises DataError if the file is damaged."""
+        count, height, width = self.image_shape or (0, 0, 0)
+        size = height * width * 3
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES_KEY}.npy") as file:
+                _read_header(file)
+                for start in range(0, count, batch_size):
+                    wanted = min(batch_size, count - start)
+                    data = file.read(wanted * size)
+                    if len(data) != wanted * size:
+                        raise DataError(f"`{escape_path(str(self.path))}` ends in the middle of its images")
+                    pixels = np.frombuffer(bytearray(data), np.uint8).reshape(wanted, height, width, 3)
+                    yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            raise DataError(f"`{escape_path(str(self.path))}` is damaged: {error}", "make it again") from None
+
+    def read_statistics(self, keys: tuple[str, str]) -> Statistics | None:
+        """Return the checked statistics stored under `keys` (mean, covariance), or None if one of them is missing."""
+        if not set(keys) <= set(self.headers):
+            return None
+        arrays = []
+        for key in keys:
+            shape, dtype, _ = self.headers[key]
+            if math.prod(shape) * dtype.itemsize > _MAX_STATISTICS:
+                raise ShapeError(f"`{escape_path(str(self.path))}`: {key} has the shape {shape}, too large to be true")
+            with np.load(self.path, allow_pickle=False) as stored:
+                arrays.append(stored[key])
+        return check_statistics(f"`{escape_path(str(self.path))}`, {keys[0]} and {keys[1]}", *arrays)
+
+
+def open_npz(path: Path) -> NpzFile:
+    """Read the headers of an npz file.
+
+    Raises UnsafeFileError if it holds Python objects, a name twice or an array larger or smaller than it says,
+    ArtifactError if it is no npz file or holds nothing that can be evaluated.
+    """
+    shown = escape_path(str(path))
+    headers = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                if name in headers:
+                    raise UnsafeFileError(f"`{shown}` holds `{escape_path(name)}` twice")
+                with archive.open(member) as file:
+                    shape, fortran, dtype = _read_header(file)
+                    header_size = file.tell()
+                if dtype.hasobject:
+                    raise UnsafeFileError(
+                        f"`{shown}`: `{escape_path(name)}` holds Python objects, which could run code",
+                        "save plain arrays of numbers",
+                    )
+                if member.file_size != header_size + math.prod(shape) * dtype.itemsize:
+                    raise UnsafeFileError(f"`{shown}`: `{escape_path(name)}` has not the size that its header says")
+                headers[name] = (shape, dtype, fortran)
+    except OSError as error:
+        raise ArtifactError(f"cannot read `{shown}`: {error.strerror or error}") from None
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ArtifactError(f"`{shown}` is not a whole npz file: {error}", "make or fetch it again") from None
+    if not {IMAGES_KEY, STATISTICS_KEYS[0]} & set(headers):
+        found = ", ".join(escape_path(name) for name in sorted(headers)[:8]) or "nothing"
+        raise ArtifactError(
+            f"`{shown}` holds neither images nor statistics, but {found}",
+            f"images are stored as {IMAGES_KEY}, statistics as {' and '.join(STATISTICS_KEYS)}",
+        )
+    return NpzFile(path=Path(path), headers=headers)
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Read the header of one .npy member; nothing in it is run."""
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"array format {version} is not known")
+    return readers[version](file)

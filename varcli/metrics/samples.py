@@ -1,0 +1,63 @@
+"""Samples as a user hands them over: a folder, an npz file, or images in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from varcli.artifacts.verify import is_artifact, read_manifest
+from varcli.data.paths import escape_path
+from varcli.errors import ArtifactError
+from varcli.metrics.npz import SPATIAL_KEYS, STATISTICS_KEYS, open_npz
+from varcli.metrics.sources import ImageSource, from_folder, from_npz, from_tensor
+from varcli.metrics.statistics import Statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Samples before they are read."""
+
+    images: ImageSource | None  # None where a file holds statistics alone
+    statistics: Statistics | None = None  # of such a file
+    spatial_statistics: Statistics | None = None
+    info: dict[str, Any] | None = None  # of the manifest that `varcli sample` wrote
+    has_unused_statistics: bool = False  # the file holds statistics beside its images
+    shown: str  # path, printable
+
+    @property
+    def side(self) -> tuple[int, int] | None:
+        """Height and width of the images."""
+        return None if self.images is None else (self.images.height, self.images.width)
+
+
+def open_samples(samples: Path | Tensor) -> Samples:
+    """Open a folder of images, an npz file, or uint8 (N, 3, H, W).
+
+    Raises ArtifactError for a path that is none of these, and what `from_folder` and `open_npz` raise.
+    """
+    if isinstance(samples, Tensor):
+        source = from_tensor(samples)
+        return Samples(images=source, shown=source.shown)
+    path = Path(samples)
+    shown = escape_path(str(path))
+    if path.is_dir():
+        source = from_folder(path)
+        return Samples(images=source, info=read_manifest(path).info if is_artifact(path) else None, shown=shown)
+    if not path.is_file():
+        raise ArtifactError(f"there are no samples `{shown}`", "pass a folder of images or an npz file")
+    if path.suffix.lower() != ".npz":
+        raise ArtifactError(f"`{shown}` is a file, but samples are a folder of images or an npz file")
+    file = open_npz(path)
+    images = from_npz(file)
+    if images is not None:
+        # the ADM evaluator would use stored statistics and ignore the images beside them
+        return Samples(images=images, shown=shown, has_unused_statistics=STATISTICS_KEYS[0] in file.headers)
+    return Samples(
+        images=None,
+        statistics=file.read_statistics(STATISTICS_KEYS),
+        spatial_statistics=file.read_statistics(SPATIAL_KEYS),
+        shown=shown,
+    )
