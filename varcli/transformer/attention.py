@@ -34,10 +34,11 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return layer(x.to(layer.weight.dtype))
 
 
-def unit_length(x: Tensor) -> Tensor:
-    """Scale the last dimension to length 1, in float32; vectors shorter than 1e-12 stay as short as they are."""
+def unit_length(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
+    """Scale the last dimension to `length`, in float32; a vector shorter than 1e-12 ends up shorter than that."""
     x = x.float()
-    return x * x.square().sum(dim=-1, keepdim=True).clamp_min(1e-24).rsqrt()
+    # one factor a vector, so that x itself is read and written once
+    return x * (length / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12))
 
 
 class SelfAttention(nn.Module):
@@ -72,7 +73,7 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         if self.log_scale is not None:
             # the cap has no gradient above it: a head that reaches it stays there unless decay moves it
-            q = (unit_length(q) * self.log_scale.float().clamp_max(_MAX_LOG_SCALE).exp()).to(v.dtype)
+            q = unit_length(q, self.log_scale.float().clamp_max(_MAX_LOG_SCALE).exp()).to(v.dtype)
             k = unit_length(k).to(v.dtype)
         if cache is not None:
             k, v = cache.extend(k, v, start)

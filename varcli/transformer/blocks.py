@@ -13,7 +13,7 @@ from varcli.transformer.base import TransformerConfig
 def modulated_norm(x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, eps: float) -> Tensor:
     """Layer norm without weights of its own, then the condition's scale and shift; float32 out."""
     normed = F.layer_norm(x_BlC.float(), (x_BlC.shape[-1],), eps=eps)
-    return normed * (1 + scale_B1C.float()) + shift_B1C.float()
+    return torch.addcmul(shift_B1C.float(), normed, 1 + scale_B1C.float())
 
 
 class FeedForward(nn.Module):
@@ -66,14 +66,14 @@ class Block(nn.Module):
         """Return the residual stream after this block; mask, cache and start are those of `SelfAttention`."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
         y = self.attention(modulated_norm(x_BlC, scale1, shift1, self.norm_eps), mask_ll, cache, start)
-        x_BlC = x_BlC + self._drop(y * gamma1).to(x_BlC.dtype)
+        x_BlC = torch.addcmul(x_BlC, y, self._drop(gamma1).to(x_BlC.dtype))
         y = self.feed_forward(modulated_norm(x_BlC, scale2, shift2, self.norm_eps))
-        return x_BlC + self._drop(y * gamma2).to(x_BlC.dtype)
+        return torch.addcmul(x_BlC, y, self._drop(gamma2).to(x_BlC.dtype))
 
-    def _drop(self, y_BlC: Tensor) -> Tensor:
-        """Skip the branch for some samples while training, and scale the others up to keep the mean."""
+    def _drop(self, gamma_B1C: Tensor) -> Tensor:
+        """Close a branch's gate for some samples while training, and open the others' wider to keep the mean."""
         if not self.training or self.drop_path == 0:
-            return y_BlC
+            return gamma_B1C
         keep = 1 - self.drop_path
-        kept_B11 = torch.rand(y_BlC.shape[0], 1, 1, device=y_BlC.device) < keep
-        return y_BlC * (kept_B11 / keep).to(y_BlC.dtype)
+        kept_B11 = torch.rand(gamma_B1C.shape[0], 1, 1, device=gamma_B1C.device) < keep
+        return gamma_B1C * (kept_B11 / keep)
