@@ -62,6 +62,12 @@ class NumericError(VarcliError):
     exit_code = 7
 
 
+class MemoryLimitError(VarcliError):
+    """The device or the machine has no more memory; the hint says what to make smaller."""
+
+    exit_code = 8
+
+
 class InterruptedRun(VarcliError):
     """A signal arrived, the state was saved, and the same command goes on."""
 

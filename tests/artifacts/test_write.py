@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from varcli.artifacts.verify import read_tensors
-from varcli.artifacts.write import atomic_path, prepare_folder, write_arrays, write_json, write_tensors
+from varcli.artifacts.write import (
+    atomic_folder,
+    atomic_path,
+    prepare_folder,
+    write_arrays,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from varcli.errors import ArtifactError
 
 
@@ -67,3 +75,30 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     (tmp_path / ".tmp-abc.png").write_text("half")
     prepare_folder(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_takes_its_place_whole(tmp_path):
+    for text in ("first", "second"):
+        with atomic_folder(tmp_path / "made") as temporary:
+            write_text(temporary / f"{text}.txt", text)
+        assert [path.name for path in (tmp_path / "made").iterdir()] == [f"{text}.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_folder_that_fails_leaves_the_old_one(tmp_path):
+    with atomic_folder(tmp_path / "made") as temporary:
+        write_text(temporary / "old.txt", "old")
+    with pytest.raises(ValueError, match="halfway"), atomic_folder(tmp_path / "made") as temporary:
+        write_text(temporary / "new.txt", "new")
+        raise ValueError("halfway")
+    assert [path.name for path in tmp_path.rglob("*")] == ["made", "old.txt"]
+
+
+def test_leftovers_of_a_killed_run_are_swept_unless_somebody_may_still_write(tmp_path):
+    (tmp_path / ".tmp-folder").mkdir()
+    (tmp_path / ".tmp-folder" / "half").write_text("half")
+    (tmp_path / ".tmp-file").write_text("half")
+    prepare_folder(tmp_path, sweep=False)
+    assert len(list(tmp_path.iterdir())) == 2
+    prepare_folder(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -105,16 +105,51 @@ def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
         raise _write_error(path, error) from None
 
 
-def prepare_folder(folder: Path, need_bytes: int = 0) -> Path:
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; on a clean exit it takes that folder's place, old content and all.
+
+    The body writes its files through this module, so they are on disk by then. The temporary folder is removed if the
+    body raises. A kill between the two renames leaves no `folder` at all, never a mixture. Raises ArtifactError if the
+    disk is full or not writable.
+    """
+    folder = Path(folder)
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=folder.parent))
+        os.chmod(temporary, 0o777 & ~_umask())
+    except OSError as error:
+        raise _write_error(folder, error) from None
+    try:
+        yield temporary
+        _sync(temporary)
+        if folder.exists():
+            old = temporary.with_name(f"{temporary.name}-old")
+            os.replace(folder, old)
+            os.replace(temporary, folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        raise _write_error(folder, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def prepare_folder(folder: Path, need_bytes: int = 0, sweep: bool = True) -> Path:
     """Make `folder` and prove, before any compute, that it can be written and has room for `need_bytes`.
 
-    Leftover temporary files of a killed run are removed. Raises ArtifactError with path and reason.
+    sweep: remove leftover temporary files of a killed run; False where another process may be writing there still.
+    Raises ArtifactError with path and reason.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
-            leftover.unlink(missing_ok=True)
+        for leftover in folder.glob(f"{TEMPORARY_PREFIX}*") if sweep else ():
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
         with tempfile.TemporaryFile(prefix=TEMPORARY_PREFIX, dir=folder) as probe:
             probe.write(b"probe")
         free_bytes = shutil.disk_usage(folder).free

@@ -1,0 +1,69 @@
+"""A running average of a module's weights, which often draws better than the weights themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from varcli.errors import ArtifactError, ConfigError
+
+
+class Ema:
+    """Exponential moving average of a module's parameters, float32, on their device.
+
+    The decay rises as (1 + n) / (10 + n) over the first n updates, so that a short run is not averaged with its start.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigError(f"an EMA's decay must be in [0, 1), but is {decay}", "e.g. 0.999, or none to turn it off")
+        self.module = module
+        self.decay = decay
+        self.shadow = {name: parameter.detach().float().clone() for name, parameter in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, step: int, skipped: Tensor | None = None) -> None:
+        """Move towards the module's weights after step `step`, counted from 0.
+
+        skipped: 0-d, 1 if that step changed nothing, so the average must not move either; read on the device.
+        """
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        averages = list(self.shadow.values())
+        change = torch._foreach_sub([parameter.float() for parameter in self.module.parameters()], averages)
+        if skipped is None:
+            torch._foreach_add_(averages, change, alpha=share)
+        else:
+            torch._foreach_mul_(change, (1 - skipped) * share)
+            torch._foreach_add_(averages, change)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Put the average in the module's place for a while, e.g. to validate; the weights come back bit for bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        # contents, not storage: compiled code and CUDA graphs hold on to the addresses
+        for name, parameter in self.module.named_parameters():
+            kept = parameter.detach().clone()
+            parameter.copy_(self.shadow[name])
+            self.shadow[name].copy_(kept)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages by parameter name, for a checkpoint."""
+        return dict(self.shadow)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` returned earlier. Raises ArtifactError if names or shapes differ."""
+        for name, average in self.shadow.items():
+            if name not in tensors or tensors[name].shape != average.shape:
+                raise ArtifactError(f"the stored average of weights has no fitting `{name}`")
+            average.copy_(tensors[name])
