@@ -1,26 +1,11 @@
-"""Small sets of images on disk, and the network that reads them without a download."""
+"""Samples and real images that the tests of metrics share."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-
-
-def draw(count: int, seed: int, side: int = 32) -> np.ndarray:
-    """Smooth random colour fields, uint8 (count, side, side, 3)."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
-    return np.stack([np.asarray(Image.fromarray(image).resize((side, side), 2)) for image in coarse])
-
-
-def write_pngs(folder: Path, images: np.ndarray, names: list[str] | None = None) -> Path:
-    """Write images as PNG files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, image in enumerate(images):
-        Image.fromarray(image).save(folder / (names[number] if names else f"{number}.png"))
-    return folder
+from small_sets import draw, write_pngs
 
 
 @pytest.fixture

@@ -66,6 +66,11 @@ def default_reference(info: Mapping[str, Any] | None) -> str:
     """
     recorded = (info or {}).get("reference")
     if isinstance(recorded, str) and recorded:
+        if recorded != EMBEDDED and not Path(recorded).exists():
+            raise ConfigError(
+                f"these samples name the real images `{escape_path(recorded)}`, which are not there",
+                "pass --ref with where they are now",
+            )
         return recorded
     if info is not None and tuple(info.get("classes") or ()) == EMOJI64_CLASSES:
         return EMBEDDED
