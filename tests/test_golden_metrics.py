@@ -106,3 +106,14 @@ def test_inception_network_with_formula_weights(tmp_path):
             ("logits_unbiased", extractor.logits(features)),
         ):
             assert np.abs(actual[0].numpy() - golden[key][number]).max() <= 1e-4, key
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_scores(case):
+    scores = case.scores
+    assert frechet_distance(case.reference, case.sample, "cuda") == pytest.approx(scores["fid_exact"], rel=1e-7)
+    precision, recall = precision_recall(case.reference, case.sample, device="cuda")
+    assert abs(precision - scores["precision_float64"]) * len(case.sample) <= 1 + 1e-6
+    assert abs(recall - scores["recall_float64"]) * len(case.reference) <= 1 + 1e-6
+    by_cpu = kernel_distance(case.reference, case.sample)
+    assert kernel_distance(case.reference, case.sample, "cuda") == pytest.approx(by_cpu, rel=1e-9)

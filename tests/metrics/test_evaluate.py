@@ -232,3 +232,22 @@ class TestComputeMetrics:
     def test_paths_and_arrays_do_not_mix(self, samples):
         with pytest.raises(ShapeError):
             compute_metrics(self.features, samples, ["kid"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["lite0", "inception"])
+def test_features_of_a_gpu_are_those_of_the_cpu(name, tmp_path):
+    from varcli.metrics.inception_network import InceptionNetwork
+
+    weights = None
+    if name == "inception":
+        weights = tmp_path / "weights.pth"
+        torch.save(golden_eval.formula_weights(InceptionNetwork().state_dict()), weights)
+    source = from_tensor(torch.from_numpy(draw(8, seed=1, side=64)).permute(0, 3, 1, 2))
+    by_device = [
+        extract_features(source, choose_extractor(name, weights, device, allow_unknown_weights=True), True)
+        for device in ("cpu", "cuda")
+    ]
+    for part in ("features", "logits", *(["spatial"] if weights else [])):
+        on_cpu, on_gpu = (getattr(found, part) for found in by_device)
+        assert np.abs(on_cpu - on_gpu).max() <= 1e-3, part
