@@ -1,0 +1,123 @@
+"""Checkpoints of a run: folders that appear whole, the last few kept, the newest found, a damaged one named.
+
+    checkpoints/step-0000100/   one safetensors file a part, manifest.json last (kind "checkpoint")
+    latest.json                 {"checkpoint": "step-0000100"}, beside checkpoints/, for people and scripts
+
+A folder is written under a temporary name and renamed, so that one called step-... was whole once; if its bytes differ
+from the manifest now, something damaged it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from varcli.artifacts.manifest import Manifest, write_manifest
+from varcli.artifacts.verify import read_checked_tensors, read_manifest, verify_folder
+from varcli.artifacts.write import TEMPORARY_PREFIX, atomic_folder, prepare_folder, write_json, write_tensors
+from varcli.errors import ArtifactError, IntegrityError, unknown_name
+from varcli.training.state import Parts
+
+KIND = "checkpoint"
+FOLDER_NAME = "checkpoints"
+LATEST_NAME = "latest.json"
+RESUME_MODES = ("auto", "last-good", "never")
+_STEP = re.compile(r"step-(\d{7,})")
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the checkpoint after `step` optimizer steps."""
+    return f"step-{step:07d}"
+
+
+def save_checkpoint(run: Path, step: int, parts: Parts, info: Mapping[str, Any], keep: int = 2) -> Manifest:
+    """Write the checkpoint after `step` optimizer steps into a run folder, point latest.json at it, drop old ones.
+
+    info: JSON values for the manifest, beside "step". keep: how many of the newest stay, at least 1. Returns its manifest.
+    Raises ArtifactError if the disk is full or not writable; earlier checkpoints are then as they were.
+    """
+    files = parts.tensors()
+    size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+    folder = prepare_folder(run / FOLDER_NAME, need_bytes=size) / checkpoint_name(step)
+    with atomic_folder(folder) as temporary:
+        for name, tensors in files.items():
+            write_tensors(temporary / f"{name}.safetensors", tensors)
+        # hashing reads everything back, so that old checkpoints go only once this one can be read
+        names = [f"{name}.safetensors" for name in files]
+        manifest = write_manifest(temporary, KIND, {**info, "step": step}, files=names)
+    write_json(run / LATEST_NAME, {"checkpoint": folder.name})
+    for old in list_checkpoints(run)[keep:]:
+        doomed = old.with_name(
+            f"{TEMPORARY_PREFIX}{old.name}"
+        )  # a kill in the middle leaves nothing half under its name
+        os.replace(old, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return manifest
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first, damaged ones included."""
+    folder = run / FOLDER_NAME
+    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path, Manifest] | None:
+    """Return the checkpoint to go on from and its manifest, or None if a run has none yet.
+
+    resume: "auto" takes the newest; "last-good" the newest that is whole, and sets damaged ones after it aside under
+    another name. Raises IntegrityError, naming the newest whole one, if the newest is damaged and resume is "auto".
+    """
+    if resume not in RESUME_MODES:
+        raise unknown_name("resume mode", resume, RESUME_MODES)
+    damaged: list[tuple[Path, str]] = []
+    for folder in list_checkpoints(run):
+        manifest, problem = _check(folder)
+        if manifest is not None:
+            break
+        damaged.append((folder, problem))
+    else:
+        folder, manifest = None, None
+    if damaged and resume != "last-good":
+        first, problem = damaged[0]
+        raise IntegrityError(
+            f"checkpoint `{first}` is damaged: {problem}",
+            f"go back to `{folder.name}`, the newest whole one, with --resume last-good"
+            if folder
+            else "no checkpoint of this run is whole: restore one from a copy, or choose another --out",
+        )
+    if damaged and folder is None:
+        raise IntegrityError(
+            f"no checkpoint of `{run}` is whole: {damaged[0][0].name} {damaged[0][1]}",
+            "restore one from a copy, or choose another --out to start anew",
+        )
+    for path, _ in damaged:
+        os.replace(path, path.with_name(f"damaged-{path.name}"))
+    return (folder, manifest) if folder else None
+
+
+def load_checkpoint(folder: Path, manifest: Manifest, parts: Parts) -> None:
+    """Put a checkpoint's tensors into a trainer's parts, every byte checked against the manifest first.
+
+    Raises IntegrityError for changed bytes, ArtifactError if it was made by another model.
+    """
+    files = {
+        name.removesuffix(".safetensors"): read_checked_tensors(folder, name, manifest)
+        for name in manifest.files
+        if name.endswith(".safetensors")
+    }
+    parts.load(files, folder)
+
+
+def _check(folder: Path) -> tuple[Manifest | None, str]:
+    """Return the manifest if the folder is whole, else None and what is wrong."""
+    try:
+        manifest = read_manifest(folder, KIND)
+    except ArtifactError as error:
+        return None, str(error)
+    problems = verify_folder(folder, manifest)
+    return (None, "; ".join(problems)) if problems else (manifest, "")

@@ -1,0 +1,291 @@
+"""The loop that every training shares: steps, logs, validation, pictures, checkpoints, signals.
+
+How a trainer is plugged in: subclass `Trainer`, open the run folder, let `settle` hold the settings against those the
+run was begun with, build the trainer, and run:
+
+    with open_run(out, resume) as run:
+        config = ...                            # new, or filled up from run.config
+        run.settle("tokenizer", to_dict(config), {"images": digest}, free=LoopConfig.FREE)
+        trainer = TokenizerTrainer(config, ...) # same seed, same weights: a resumed run loads its own over them
+        result = run_training(trainer, run, LoopConfig(steps=config.steps, ...), on_step=on_step)
+
+`run_training` loads the checkpoint into `trainer.parts`, which therefore must name everything that changes: modules,
+optimizers, averages, generators. What a step draws must come from those generators or from torch's own, and which
+samples it takes from the step's number; then a resumed run is the same run, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from varcli.artifacts.write import prepare_folder
+from varcli.data.samples import save_png
+from varcli.errors import ConfigError, InterruptedRun, MemoryLimitError
+from varcli.progress import OnStep, Step, ignore
+from varcli.training.checkpoint import checkpoint_name, load_checkpoint, save_checkpoint
+from varcli.training.meter import Meter, SkipPolicy
+from varcli.training.run import RunFolder
+from varcli.training.runlog import RunLog
+from varcli.training.signals import StopRequest
+from varcli.training.state import Parts, undisturbed
+
+SAMPLES_NAME = "samples"
+_HEARTBEAT = 0.5  # seconds between reports that only move the bar
+
+
+class Trainer:
+    """What is trained: one step of it, and what to do with the result. Only `train_step` must be overridden.
+
+    parts: everything that changes, see `Parts`. batch_size: images a step, for rates. published: name of the folder
+    within the run that `publish` writes, which is its kind too. shown: names of numbers worth a place in the progress
+    line.
+    """
+
+    parts: Parts
+    batch_size: int
+    published: str
+    shown: tuple[str, ...] = ("loss", "accuracy")
+    memory_hint: str = "use a smaller --batch-size"
+
+    def train_step(self, step: int) -> Mapping[str, Tensor | float]:
+        """Do optimizer step `step`, counted from 0, and return numbers for the log.
+
+        0-d tensors stay on the device and are averaged between log lines; floats are logged as they are last.
+        "skipped", if there (`Updater.finish` gives it), is 1 for a step that changed nothing because it was no number.
+        """
+        raise NotImplementedError
+
+    def validate(self) -> Mapping[str, Any]:
+        """Measure on held-out data; "loss" decides which weights are best. Nothing if there is none to measure on."""
+        return {}
+
+    def publish(self, folder: Path, info: Mapping[str, Any]) -> None:
+        """Write the weights that later commands read, whole or not at all, to `folder`."""
+
+    def draw(self, step: int) -> Image.Image | None:
+        """Draw a picture of where things stand after `step` steps; None if there is nothing to draw with."""
+        return None
+
+    def describe_batch(self, step: int) -> dict[str, Any]:
+        """Say which samples step `step` took, as JSON: logged if the step was no number."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """When the loop does what. Steps are optimizer steps; 0 means never."""
+
+    steps: int  # of the whole run
+    log_every: int = 50  # steps between log lines, each of which waits for the device
+    eval_every: int = 0  # steps between validations; one more comes at the end
+    sample_every: int = 0  # steps between pictures; one more comes at the end
+    save_every: int = 1000  # steps between checkpoints; one more comes at the end
+    save_minutes: float = 10.0  # minutes between checkpoints, if that is sooner
+    keep_checkpoints: int = 2  # newest ones that stay
+    keep_best: bool = False  # publish the weights of the best validation loss instead of the last ones
+    tensorboard: bool = True  # write TensorBoard's files if it is installed
+
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        {"steps", "log_every", "eval_every", "sample_every", "save_every", "save_minutes", "keep_checkpoints"}
+        | {"keep_best", "tensorboard"}
+    )
+    """Settings that a resumed run may change."""
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.log_every, self.keep_checkpoints) < 1:
+            raise ConfigError("steps, log_every and keep_checkpoints must be at least 1")
+        if min(self.eval_every, self.sample_every, self.save_every, self.save_minutes) < 0:
+            raise ConfigError("eval_every, sample_every, save_every and save_minutes must be 0 or more")
+
+
+@dataclass
+class LoopResult:
+    """How a run stands."""
+
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # spent training, over all resumptions
+    values: dict[str, float] = field(default_factory=dict)  # of the last log line
+    validation: dict[str, Any] = field(default_factory=dict)  # last one of this process
+    best: dict[str, float] | None = None  # {"step": ..., "loss": ...} of the best validation
+
+
+def run_training(
+    trainer: Trainer,
+    run: RunFolder,
+    config: LoopConfig,
+    on_step: OnStep = ignore,
+    info: Mapping[str, Any] | None = None,
+) -> LoopResult:
+    """Train until `config.steps`, from the run's checkpoint if it has one.
+
+    info: more JSON for the manifests of checkpoints and published weights. Raises InterruptedRun after a signal, with
+    the state saved; NumericError if too many steps were no numbers; MemoryLimitError; ArtifactError if the disk is
+    full. After any of them the same call goes on from the last checkpoint.
+    """
+    loop = _Loop(trainer, run, config, on_step, dict(info or {}))
+    try:
+        with StopRequest() as stop:
+            return loop.run(stop)
+    except torch.OutOfMemoryError:
+        device = trainer.parts.device
+        peak = f", peak use {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
+        raise MemoryLimitError(f"out of memory at batch size {trainer.batch_size}{peak}", trainer.memory_hint) from None
+    finally:
+        loop.log.close()
+
+
+class _Loop:
+    """One call of `run_training`."""
+
+    def __init__(
+        self, trainer: Trainer, run: RunFolder, config: LoopConfig, on_step: OnStep, info: dict[str, Any]
+    ) -> None:
+        self.trainer, self.run_folder, self.config, self.on_step, self.info = trainer, run, config, on_step, info
+        self.result = LoopResult(step=run.step)
+        self.policy = SkipPolicy()
+        self.parent: str | None = None
+        self.saved_step: int | None = None
+        if run.checkpoint is not None:
+            folder, manifest = run.checkpoint
+            load_checkpoint(folder, manifest, trainer.parts)
+            self.result.seconds = float(manifest.info.get("seconds", 0.0))
+            self.result.best = manifest.info.get("best")
+            self.policy.steps = list(manifest.info.get("skipped_steps", []))
+            self.parent, self.saved_step = manifest.digest, self.result.step
+        self.log = RunLog(run.path, self.result.step, config.tensorboard, self._say)
+        self.meter = Meter()
+        self.last_save = self.last_report = self.window_start = time.monotonic()
+
+    def run(self, stop: StopRequest) -> LoopResult:
+        config = self.config
+        if self.result.step:
+            self._say(f"going on from step {self.result.step:,} of {config.steps:,}")
+        self.window_start = self.last_save = time.monotonic()
+        for step in range(self.result.step, config.steps):
+            self.meter.add(step, self.trainer.train_step(step))
+            self.result.step = done = step + 1
+            is_last = done == config.steps
+            due = {
+                "log": _due(done, config.log_every),
+                "eval": _due(done, config.eval_every) or (is_last and config.eval_every > 0),
+                "sample": _due(done, config.sample_every) or (is_last and config.sample_every > 0),
+                "save": _due(done, config.save_every) or is_last or self._is_save_time(),
+            }
+            if any(due.values()) or stop.name:
+                self._read()
+            if stop.name:
+                self._save()
+                raise InterruptedRun(
+                    f"stopped by {stop.name} after step {done:,} of {config.steps:,}; the state is saved in "
+                    f"`{self.run_folder.path}`",
+                    "run the same command again to go on",
+                )
+            if due["eval"]:
+                self._validate()
+            if due["sample"]:
+                self._draw()
+            if due["save"]:
+                self._save()
+            if any(due.values()):
+                self.window_start = time.monotonic()
+            elif time.monotonic() - self.last_report > _HEARTBEAT:
+                self._report()
+        if not self.run_folder.holds(self.trainer.published, self.trainer.published):
+            self._publish()  # a kill may have come between a checkpoint and this
+        return self.result
+
+    def _read(self) -> None:
+        """Wait for the device, log what happened since the last time, and judge skipped steps."""
+        done, num_steps = self.result.step, len(self.meter)
+        values, skipped = self.meter.read()
+        seconds = time.monotonic() - self.window_start
+        self.result.seconds += seconds
+        values["images_per_second"] = num_steps * self.trainer.batch_size / max(seconds, 1e-9)
+        self.result.values = values
+        self.log.write("train", done, {**values, "seconds": round(self.result.seconds, 3)})
+        for step in skipped:
+            self.log.write("event", step + 1, {"event": "not a number", **self.trainer.describe_batch(step)})
+            self._say(f"step {step + 1:,} was skipped: its loss or gradients were no numbers")
+        self._report()
+        self.policy.note(skipped, done)
+        self.window_start = time.monotonic()
+
+    def _validate(self) -> None:
+        with undisturbed(self.trainer.parts.device):
+            values = dict(self.trainer.validate())
+        if not values:
+            return
+        done, loss = self.result.step, values.get("loss")
+        self.result.validation = values
+        self.log.write("validation", done, values)
+        best = self.result.best
+        is_best = loss is not None and (best is None or loss < best["loss"])
+        if is_best:
+            self.result.best = {"step": done, "loss": loss}
+            if self.config.keep_best:
+                self._publish()
+        shown = ", ".join(f"{name} {values[name]:.4g}" for name in self.trainer.shown if name in values)
+        self._say(f"validation after step {done:,}: {shown}{' (best so far)' if is_best else ''}")
+
+    def _draw(self) -> None:
+        with undisturbed(self.trainer.parts.device):
+            image = self.trainer.draw(self.result.step)
+        if image is None:
+            return
+        folder = prepare_folder(self.run_folder.path / SAMPLES_NAME)
+        save_png(folder / f"{checkpoint_name(self.result.step)}.png", image)
+        self.log.write_image(self.result.step, image)
+
+    def _save(self) -> None:
+        done = self.result.step
+        if self.saved_step != done:
+            info = {
+                **self.info,
+                "trained": self.trainer.published,
+                "run": self.run_folder.digest,
+                "parent": self.parent,
+                "seconds": round(self.result.seconds, 3),
+                "best": self.result.best,
+                "skipped_steps": self.policy.steps,
+            }
+            parts, keep = self.trainer.parts, self.config.keep_checkpoints
+            self.parent = save_checkpoint(self.run_folder.path, done, parts, info, keep).digest
+            self.saved_step = done
+        if not (self.config.keep_best and self.result.best is not None):
+            self._publish()
+        self.last_save = time.monotonic()
+
+    def _publish(self) -> None:
+        best = self.result.best
+        is_best = best is not None and best["step"] == self.result.step
+        info = {**self.info, "step": self.result.step, "validation_loss": best["loss"] if is_best else None}
+        self.trainer.publish(self.run_folder.path / self.trainer.published, info)
+
+    def _is_save_time(self) -> bool:
+        minutes = self.config.save_minutes
+        return minutes > 0 and time.monotonic() - self.last_save >= 60 * minutes
+
+    def _report(self) -> None:
+        names = {"learning_rate": "lr", "images_per_second": "img/s"}
+        values = {
+            names.get(name, name): self.result.values[name]
+            for name in (*self.trainer.shown, *names)
+            if name in self.result.values
+        }
+        self.on_step(Step(done=self.result.step, total=self.config.steps, values=values))
+        self.last_report = time.monotonic()
+
+    def _say(self, message: str) -> None:
+        self.on_step(Step(done=self.result.step, total=self.config.steps, message=message))
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0

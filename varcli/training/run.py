@@ -1,0 +1,122 @@
+"""A run folder: one writer at a time, the settings it was begun with, and the checkpoint to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from varcli.artifacts.lock import LOCK_NAME, lock_folder
+from varcli.artifacts.manifest import MANIFEST_NAME, Manifest, describe_process, digest_json
+from varcli.artifacts.verify import read_checked_bytes, read_json, read_manifest, verify_folder
+from varcli.artifacts.write import atomic_folder, prepare_folder, write_bytes, write_json
+from varcli.errors import ArtifactError, ConfigError, unknown_name
+from varcli.training.checkpoint import RESUME_MODES, find_checkpoint
+
+CONFIG_NAME = "config.json"
+_PLUMBING = {LOCK_NAME, ".lock-owner.json"}
+
+
+class RunFolder:
+    """An open run folder, held by this process; get one from `open_run`."""
+
+    def __init__(self, path: Path, resume: str) -> None:
+        self.path = path
+        stored = read_json(path / CONFIG_NAME) if (path / CONFIG_NAME).is_file() else None
+        if stored is not None and not (isinstance(stored, dict) and isinstance(stored.get("config"), dict)):
+            raise ArtifactError(f"`{path / CONFIG_NAME}` is not a run's config", "choose another --out")
+        self.stored: dict[str, Any] | None = stored
+        if stored is None:
+            foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in _PLUMBING)
+            if foreign:
+                raise ArtifactError(f"`{path}` is not empty and holds no run: {foreign[0]!r}", "choose another --out")
+        elif resume == "never":
+            raise ConfigError(f"`{path}` holds a run already", "choose another --out, or leave out --resume never")
+        self.checkpoint: tuple[Path, Manifest] | None = find_checkpoint(path, resume)
+        self.digest: str | None = None
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The config the run was begun with, None for a new run."""
+        return None if self.stored is None else self.stored["config"]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done by the checkpoint the run goes on from."""
+        return 0 if self.checkpoint is None else int(self.checkpoint[1].info["step"])
+
+    def settle(self, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Any], free: Collection[str]) -> None:
+        """Write config.json, or hold against it that a resumed run is the same run.
+
+        kind: what is trained. config: resolved settings. inputs: what else decides the numbers, such as fingerprints.
+        free: settings that may differ. Raises ConfigError naming what differs.
+        """
+        record = {"kind": kind, "config": dict(config), "inputs": dict(inputs)}
+        if self.stored is not None:
+            if self.stored.get("kind") != kind:
+                raise ConfigError(
+                    f"`{self.path}` is a run of kind {self.stored.get('kind')}, not {kind}", "choose another --out"
+                )
+            changes = _differences(self.stored["config"], config, free)
+            changes += _differences(self.stored.get("inputs", {}), inputs, ())
+            if changes:
+                raise ConfigError(
+                    f"`{self.path}` was begun with other settings: {'; '.join(changes)}",
+                    "repeat them to go on with that run, or choose another --out for a new one",
+                )
+        fixed = {key: value for key, value in record["config"].items() if key not in free}
+        self.digest = digest_json({**record, "config": fixed})
+        write_json(self.path / CONFIG_NAME, {**record, "made_by": describe_process()})
+
+    def is_finished(self, steps: int) -> bool:
+        """Say whether the run has done `steps` optimizer steps. Raises ConfigError if it has done more."""
+        if self.step > steps:
+            raise ConfigError(
+                f"`{self.path}` has trained {self.step:,} steps already, but {steps:,} are asked for",
+                "ask for more steps, or choose another --out",
+            )
+        return self.step == steps
+
+    def holds(self, name: str, kind: str) -> bool:
+        """Say whether a folder within the run is there and whole."""
+        try:
+            return not verify_folder(self.path / name, read_manifest(self.path / name, kind))
+        except ArtifactError:
+            return False
+
+
+@contextmanager
+def open_run(path: Path, resume: str = "auto") -> Iterator[RunFolder]:
+    """Make or open a run folder and hold it while the body runs.
+
+    resume: see `find_checkpoint`; "never" refuses a folder that holds a run. Raises ArtifactError if it cannot be
+    written or holds something else, LockedError if another process trains there, IntegrityError if its newest
+    checkpoint is damaged.
+    """
+    path = Path(path)
+    if resume not in RESUME_MODES:
+        raise unknown_name("resume mode", resume, RESUME_MODES)
+    prepare_folder(path, sweep=False)  # another process may be writing here: that is for the lock to say
+    with lock_folder(path):
+        prepare_folder(path)
+        yield RunFolder(path, resume)
+
+
+def copy_artifact(source: Path, target: Path, kind: str) -> Manifest:
+    """Copy a finished folder of `kind`, byte for byte and checked, to `target`, whole or not at all."""
+    manifest = read_manifest(source, kind)
+    with atomic_folder(target) as temporary:
+        for name in manifest.files:
+            write_bytes(temporary / name, read_checked_bytes(source, name, manifest))
+        write_bytes(temporary / MANIFEST_NAME, (Path(source) / MANIFEST_NAME).read_bytes())
+    return manifest
+
+
+def _differences(stored: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> list[str]:
+    """Say of each setting that differs what it was and is; settings that one side does not know are left out."""
+    return [
+        f"{key} was {stored[key]}, now {value}"
+        for key, value in now.items()
+        if key in stored and key not in free and stored[key] != value
+    ]

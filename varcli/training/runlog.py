@@ -1,0 +1,84 @@
+"""The log of a run: metrics.jsonl, one JSON object a line, and TensorBoard's files if it is installed.
+
+Train lines hold means over the steps since the line before; every line holds "step", the optimizer steps done by then,
+and "kind": "train", "validation" or "event". Resuming cuts the lines after the checkpoint it goes on from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from varcli.artifacts.verify import read_json_lines
+from varcli.artifacts.write import append_json_line, write_text
+from varcli.errors import ArtifactError
+
+LOG_NAME = "metrics.jsonl"
+TENSORBOARD_NAME = "tensorboard"
+
+
+class RunLog:
+    """Append-only metrics of one run.
+
+    resume_step: optimizer steps done by the checkpoint that the run goes on from. warn: told, once, if the log cannot
+    be written: a full disk must not stop training before a checkpoint does.
+    """
+
+    def __init__(self, run: Path, resume_step: int, use_tensorboard: bool, warn: Callable[[str], None]) -> None:
+        self.path = run / LOG_NAME
+        self.warn = warn
+        self.is_broken = False
+        kept = [record for record in read_json_lines(self.path) if record.get("step", 0) <= resume_step]
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.writer = _open_tensorboard(run / TENSORBOARD_NAME, resume_step) if use_tensorboard else None
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line. Numbers, and lists of numbers, also go to TensorBoard, but for events."""
+        record = {"kind": kind, "step": step, **{name: _finite(value) for name, value in values.items()}}
+        try:
+            append_json_line(self.path, record)
+        except ArtifactError as error:
+            if not self.is_broken:
+                self.warn(f"the log is no longer written: {error}")
+            self.is_broken = True
+        if self.writer is not None and kind != "event":
+            for name, value in values.items():
+                entries = value if isinstance(value, (list, tuple)) else [value]
+                for index, entry in enumerate(entries):
+                    tag = f"{kind}/{name}" if len(entries) == 1 else f"{kind}/{name}/{index}"
+                    self.writer.add_scalar(tag, entry, step)
+
+    def write_image(self, step: int, image: Any) -> None:
+        """Show a picture, PIL or (H, W, 3) uint8, in TensorBoard."""
+        if self.writer is not None:
+            import numpy as np
+
+            self.writer.add_image("samples", np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush what TensorBoard still holds."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def read_log(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Read a run's metrics, or only the lines of one kind. A torn last line is left out."""
+    return [record for record in read_json_lines(run / LOG_NAME) if kind is None or record.get("kind") == kind]
+
+
+def _open_tensorboard(folder: Path, resume_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None  # an optional extra: pip install varcli[tensorboard]
+    return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity are no JSON: they become text."""
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

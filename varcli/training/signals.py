@@ -1,0 +1,38 @@
+"""Signals that ask a run to stop: noted at once, acted on when a step is done."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C; a scheduler's end; a scheduler's warning
+
+
+class StopRequest:
+    """While entered, the first SIGINT, SIGTERM or SIGUSR1 is noted in `name`; a second SIGINT leaves at once.
+
+    Outside the main thread, where Python allows no handlers, it notes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for name in _NAMES:
+                if hasattr(signal, name):  # Windows lacks SIGUSR1
+                    number = getattr(signal, name)
+                    self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = self.name or signal.Signals(number).name
