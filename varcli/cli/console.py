@@ -172,12 +172,14 @@ class _Clock:
 
     def __init__(self) -> None:
         self.first: tuple[int, float] | None = None
+        self.last = 0  # units done; fewer than before means that another pass began
         self.rate: float | None = None  # units per second
 
     def update(self, step: Step) -> None:
         now = time.monotonic()
-        if self.first is None or step.done < self.first[0]:
+        if self.first is None or step.done < self.last:
             self.first = (step.done, now)
+        self.last = step.done
         done, seconds = step.done - self.first[0], now - self.first[1]
         self.rate = done / seconds if done > 0 and seconds > 0 else None
 
