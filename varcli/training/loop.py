@@ -17,7 +17,7 @@ samples it takes from the step's number; then a resumed run is the same run, bit
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -153,21 +153,24 @@ class _Loop:
         self.policy = SkipPolicy()
         self.parent: str | None = None
         self.saved_step: int | None = None
+        self.pending: list[str] = []
         if run.checkpoint is not None:
             folder, manifest = run.checkpoint
             load_checkpoint(folder, manifest, trainer.parts)
             self.result.seconds = float(manifest.info.get("seconds", 0.0))
             self.result.best = manifest.info.get("best")
+            self.pending = list(manifest.info.get("pending", []))
             self.policy.steps = list(manifest.info.get("skipped_steps", []))
             self.parent, self.saved_step = manifest.digest, self.result.step
-        self.log = RunLog(run.path, self.result.step, config.tensorboard, self._say)
+        self.log = RunLog(run.path, self.result.step, config.tensorboard, self._report)
         self.meter = Meter()
         self.last_save = self.last_report = self.window_start = time.monotonic()
 
     def run(self, stop: StopRequest) -> LoopResult:
         config = self.config
         if self.result.step:
-            self._say(f"going on from step {self.result.step:,} of {config.steps:,}")
+            self._report(f"going on from step {self.result.step:,} of {config.steps:,}")
+        self._look(self.pending)
         self.window_start = self.last_save = time.monotonic()
         for step in range(self.result.step, config.steps):
             self.meter.add(step, self.trainer.train_step(step))
@@ -182,16 +185,13 @@ class _Loop:
             if any(due.values()) or stop.name:
                 self._read()
             if stop.name:
-                self._save()
+                self._save(pending=[name for name in ("eval", "sample") if due[name]])
                 raise InterruptedRun(
                     f"stopped by {stop.name} after step {done:,} of {config.steps:,}; the state is saved in "
                     f"`{self.run_folder.path}`",
                     "run the same command again to go on",
                 )
-            if due["eval"]:
-                self._validate()
-            if due["sample"]:
-                self._draw()
+            self._look([name for name in ("eval", "sample") if due[name]])
             if due["save"]:
                 self._save()
             if any(due.values()):
@@ -213,10 +213,17 @@ class _Loop:
         self.log.write("train", done, {**values, "seconds": round(self.result.seconds, 3)})
         for step in skipped:
             self.log.write("event", step + 1, {"event": "not a number", **self.trainer.describe_batch(step)})
-            self._say(f"step {step + 1:,} was skipped: its loss or gradients were no numbers")
+            self._report(f"step {step + 1:,} was skipped: its loss or gradients were no numbers")
         self._report()
         self.policy.note(skipped, done)
         self.window_start = time.monotonic()
+
+    def _look(self, names: list[str]) -> None:
+        """Validate and draw, if they are among `names`."""
+        if "eval" in names:
+            self._validate()
+        if "sample" in names:
+            self._draw()
 
     def _validate(self) -> None:
         with undisturbed(self.trainer.parts.device):
@@ -233,7 +240,7 @@ class _Loop:
             if self.config.keep_best:
                 self._publish()
         shown = ", ".join(f"{name} {values[name]:.4g}" for name in self.trainer.shown if name in values)
-        self._say(f"validation after step {done:,}: {shown}{' (best so far)' if is_best else ''}")
+        self._report(f"validation after step {done:,}: {shown}{' (best so far)' if is_best else ''}")
 
     def _draw(self) -> None:
         with undisturbed(self.trainer.parts.device):
@@ -244,7 +251,8 @@ class _Loop:
         save_png(folder / f"{checkpoint_name(self.result.step)}.png", image)
         self.log.write_image(self.result.step, image)
 
-    def _save(self) -> None:
+    def _save(self, pending: Sequence[str] = ()) -> None:
+        """Write a checkpoint; `pending` is what is due at this step and left to whoever goes on from it."""
         done = self.result.step
         if self.saved_step != done:
             info = {
@@ -255,6 +263,7 @@ class _Loop:
                 "seconds": round(self.result.seconds, 3),
                 "best": self.result.best,
                 "skipped_steps": self.policy.steps,
+                "pending": list(pending),
             }
             parts, keep = self.trainer.parts, self.config.keep_checkpoints
             self.parent = save_checkpoint(self.run_folder.path, done, parts, info, keep).digest
@@ -273,18 +282,15 @@ class _Loop:
         minutes = self.config.save_minutes
         return minutes > 0 and time.monotonic() - self.last_save >= 60 * minutes
 
-    def _report(self) -> None:
+    def _report(self, message: str | None = None) -> None:
         names = {"learning_rate": "lr", "images_per_second": "img/s"}
         values = {
             names.get(name, name): self.result.values[name]
             for name in (*self.trainer.shown, *names)
             if name in self.result.values
         }
-        self.on_step(Step(done=self.result.step, total=self.config.steps, values=values))
+        self.on_step(Step(done=self.result.step, total=self.config.steps, values=values, message=message))
         self.last_report = time.monotonic()
-
-    def _say(self, message: str) -> None:
-        self.on_step(Step(done=self.result.step, total=self.config.steps, message=message))
 
 
 def _due(done: int, every: int) -> bool:

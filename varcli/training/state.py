@@ -64,7 +64,7 @@ class Parts:
         Raises ArtifactError naming the first tensor that is missing, left over or of another shape.
         """
         for name, module in self.modules.items():
-            load_state(module, files.get(name, {}), where)
+            load_state(module, files.get(name, {}), where / f"{name}.safetensors")
         stored = files.get("optimizer", {})
         for name, optimizer in self.optimizers.items():
             load_optimizer(optimizer, self._parameter_names(), _below(stored, name), where)

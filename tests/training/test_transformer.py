@@ -1,0 +1,257 @@
+"""Laws of transformer training: exact resume, accumulation, averages, and refusal of what does not belong together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from toy_codes import write_codes
+
+from varcli.artifacts.verify import read_manifest
+from varcli.artifacts.write import write_bytes
+from varcli.data.codes import CodesCache
+from varcli.errors import ArtifactError, ConfigError, IntegrityError, InterruptedRun, MemoryLimitError
+from varcli.tokenizer import VQVAE
+from varcli.tokenizer.store import load_tokenizer, save_tokenizer
+from varcli.training import TrainConfig, train_transformer
+from varcli.training.find import find_tokenizer
+from varcli.training.find import tokenizer_folder as resolve_tokenizer
+from varcli.training.runlog import read_log
+from varcli.training.source import CodesSource
+from varcli.training.trainer import TransformerTrainer
+from varcli.transformer.store import load_transformer
+
+CPU = torch.device("cpu")
+TINY = TrainConfig(
+    depth=2,
+    width=32,
+    num_heads=2,
+    steps=12,
+    batch_size=8,
+    warmup_steps=2,
+    learning_rate=3e-3,
+    schedule="lin0",
+    final_learning_rate=0.1,
+    weight_decay=0.05,
+    final_weight_decay=0.05,
+    dropout=0.1,
+    drop_path=0.1,
+    shared_adaln=False,
+    ema_decay=0.9,
+    keep_best=False,
+    precision="fp32",
+    log_every=1,
+    eval_every=5,
+    sample_every=0,
+    save_every=4,
+    tensorboard=False,
+)
+
+
+def train(codes: Path, out: Path, tokenizer: Path, config: TrainConfig = TINY, **options):
+    return train_transformer(codes, out, config, tokenizer=tokenizer, device="cpu", **options)
+
+
+def make_trainer(codes: Path, tokenizer: Path, config: TrainConfig) -> TransformerTrainer:
+    cache = CodesCache.open(codes)
+    source = CodesSource(cache.load("train"), config.batch_size, config.seed, CPU)
+    held_out = CodesSource(cache.load("val"), config.batch_size, config.seed, CPU)
+    return TransformerTrainer(config, load_tokenizer(tokenizer), source, held_out, classes=cache.classes, device=CPU)
+
+
+def losses(run: Path) -> list[tuple]:
+    return [(line["step"], line["loss"].hex(), line["gradient_norm"].hex()) for line in read_log(run, "train")]
+
+
+class StopAfter:
+    """An on_step that interrupts the run once so many steps are done."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, report) -> None:
+        if report.done == self.step and report.values and self.step:
+            self.step = 0
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_resuming_equals_never_stopping(tmp_path, codes, tokenizer_folder):
+    train(codes, tmp_path / "whole", tokenizer_folder)
+    for stop in (3, 7):
+        with pytest.raises(InterruptedRun):
+            train(codes, tmp_path / "broken", tokenizer_folder, on_step=StopAfter(stop))
+    train(codes, tmp_path / "broken", tokenizer_folder)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
+    assert read_log(tmp_path / "whole", "validation") == read_log(tmp_path / "broken", "validation")
+    for name in ("checkpoints/step-0000012/transformer", "checkpoints/step-0000012/ema", "transformer/weights"):
+        path = f"{name}.safetensors"
+        assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "broken" / path).read_bytes(), name
+
+
+def test_sampling_and_planning_do_not_change_training(tmp_path, codes, tokenizer_folder):
+    drawn, plans = [], []
+
+    def draw(request):
+        torch.rand(7)
+        drawn.append((request.step, request.transformer.training, request.classes))
+
+    train(codes, tmp_path / "plain", tokenizer_folder)
+    config = replace(TINY, sample_every=5, eval_every=3)
+    train(codes, tmp_path / "watched", tokenizer_folder, config, on_samples=draw, on_plan=plans.append)
+    assert losses(tmp_path / "plain") == losses(tmp_path / "watched")
+    assert drawn == [(step, False, ("apple", "boat", "cat")) for step in (5, 10, 12)]
+    (plan,) = plans
+    assert (plan.steps, plan.start_step, plan.num_images, plan.num_views, plan.num_validation) == (12, 0, 40, 2, 12)
+    assert plan.num_parameters > 0 < plan.memory_bytes
+    assert plan.seconds > 0
+    assert plan.epochs == pytest.approx(12 * 8 / 40)
+
+
+def test_accumulation_equals_the_large_batch(codes, tokenizer_folder):
+    plain = replace(TINY, dropout=0.0, drop_path=0.0)
+    whole, cut, uneven = (
+        make_trainer(codes, tokenizer_folder, replace(plain, micro_batch_size=size)) for size in (8, 2, 3)
+    )
+    for step in range(4):
+        first = whole.train_step(step)
+        for other in (cut, uneven):
+            numbers = other.train_step(step)
+            for name, value in first.items():
+                assert float(numbers[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
+    for (name, one), other in zip(whole.model.named_parameters(), cut.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_the_loss_is_the_mean_over_tokens_and_labels_are_dropped_in_training_only(codes, tokenizer_folder):
+    trainer = make_trainer(codes, tokenizer_folder, replace(TINY, label_dropout=1.0, dropout=0.0, drop_path=0.0))
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
+    loss = trainer.train_step(0)["loss"]
+    assert (seen.pop() == 3).all()
+    assert loss.item() == pytest.approx(torch.tensor(16.0).log().item(), rel=0.01)  # an untrained model knows nothing
+    validation = trainer.validate()
+    assert all((labels < 3).all() for labels in seen)
+    lengths = torch.tensor([1.0, 4.0, 16.0])
+    mean = (torch.tensor(validation["loss_by_scale"]) * lengths).sum() / 21
+    assert validation["loss"] == pytest.approx(mean.item(), rel=1e-6)
+    assert validation["loss_last"] == validation["loss_by_scale"][-1]
+    assert validation["images"] == 12
+
+
+def test_a_model_learns_what_there_is_to_learn(tmp_path, codes, tokenizer_folder):
+    config = replace(TINY, steps=150, learning_rate=1e-2, dropout=0.0, drop_path=0.0, log_every=50, eval_every=50)
+    result = train(codes, tmp_path / "run", tokenizer_folder, config)
+    assert result.validation["loss"] < 1.7  # log 4 = 1.39 is the codes' entropy given the class, log 16 = 2.77 without
+    assert result.best["loss"] <= result.validation["loss"]
+
+
+def test_the_run_folder_is_a_model_folder_with_the_averaged_weights(tmp_path, codes, tokenizer_folder):
+    result = train(codes, tmp_path / "run", tokenizer_folder)
+    model, manifest = load_transformer(tmp_path / "run" / "transformer")
+    tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
+    assert manifest.info["tokenizer"] == tokenizer.fingerprint()
+    assert manifest.info["classes"] == ["apple", "boat", "cat"]
+    assert (manifest.info["order"], manifest.info["patch_nums"]) == ("scale", [1, 2, 4])
+    trainer = make_trainer(codes, tokenizer_folder, replace(TINY, ema_decay=0.0))
+    trainer.model.load_state_dict(model.state_dict())
+    assert trainer.validate()["loss"] == pytest.approx(result.validation["loss"], rel=1e-6)
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (stored["depth"], stored["steps"], stored["ema_decay"]) == (2, 12, 0.9)
+
+
+def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path, codes, tokenizer_folder):
+    train(codes, tmp_path / "run", tokenizer_folder)
+    reports = []
+    assert train(codes, tmp_path / "run", tokenizer_folder, on_step=reports.append).step == 12
+    assert "all its 12 steps" in reports[0].message
+    assert train(codes, tmp_path / "run", tokenizer_folder, replace(TINY, steps=14)).step == 14
+
+
+def test_the_tokenizer_is_found_by_its_fingerprint(tmp_path, codes, tokenizer_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fingerprint = read_manifest(tokenizer_folder, "tokenizer").info["fingerprint"]
+    with pytest.raises(ArtifactError) as caught:
+        find_tokenizer(fingerprint)
+    assert "--tokenizer" in caught.value.hint
+    (tmp_path / "models").mkdir()
+    tokenizer_folder.rename(tmp_path / "models" / "mine")
+    assert find_tokenizer(fingerprint) == Path("models/mine")
+    assert resolve_tokenizer("mine") == Path("models/mine")
+    train_transformer(codes, tmp_path / "run", replace(TINY, steps=2), device="cpu")
+    (tmp_path / "models" / "mine").rename(tmp_path / "hidden")
+    train_transformer(codes, tmp_path / "run", replace(TINY, steps=3), device="cpu")  # from the run's own copy
+
+
+def test_codes_of_another_tokenizer_are_refused(tmp_path, codes, tiny_tokenizer):
+    other = VQVAE(tiny_tokenizer.config)
+    save_tokenizer(tmp_path / "other", other)
+    with pytest.raises(ArtifactError, match="written by tokenizer"):
+        train(codes, tmp_path / "run", tmp_path / "other")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["nothing", "codes"])
+def test_a_tokenizer_that_is_none_is_refused(tmp_path, codes, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="tokenizer"):
+        train(codes, tmp_path / "run", name)
+
+
+def test_another_depth_or_other_codes_are_refused_by_name(tmp_path, codes, tokenizer_folder, tiny_tokenizer):
+    train(codes, tmp_path / "run", tokenizer_folder, replace(TINY, steps=2))
+    with pytest.raises(ConfigError, match="depth was 2, now 3"):
+        train(codes, tmp_path / "run", tokenizer_folder, replace(TINY, depth=3))
+    others = write_codes(tmp_path / "others", tiny_tokenizer, torch.Generator().manual_seed(1))
+    with pytest.raises(ConfigError, match="codes was"):
+        train(others, tmp_path / "run", tokenizer_folder)
+
+
+def test_a_damaged_shard_is_named(tmp_path, codes, tokenizer_folder):
+    shard = codes / "train-00000.safetensors"
+    write_bytes(shard, shard.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(IntegrityError, match=r"train-00000\.safetensors"):
+        train(codes, tmp_path / "run", tokenizer_folder)
+
+
+def test_without_a_val_split_nothing_is_held_out_and_that_is_said(tmp_path, tiny_tokenizer, tokenizer_folder):
+    only = write_codes(tmp_path / "only", tiny_tokenizer, torch.Generator().manual_seed(0), {"train": 20})
+    plans = []
+    config = replace(TINY, eval_every=None, keep_best=None)
+    result = train(only, tmp_path / "run", tokenizer_folder, config, on_plan=plans.append)
+    assert result.validation == {}
+    assert "no val split" in plans[0].notes[0]
+
+
+def test_running_out_of_memory_says_what_to_change(tmp_path, codes, tokenizer_folder, monkeypatch):
+    def explode(self, step):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TransformerTrainer, "train_step", explode)
+    with pytest.raises(MemoryLimitError) as caught:
+        train(codes, tmp_path / "run", tokenizer_folder)
+    assert caught.value.exit_code == 8
+    assert "micro_batch_size=4" in caught.value.hint
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_and_resumes(tmp_path, codes, tokenizer_folder, precision):
+    config = replace(TINY, precision=precision, steps=6, dropout=0.0, drop_path=0.0)
+    train(codes, tmp_path / "whole", tokenizer_folder, config)
+    with pytest.raises(InterruptedRun):
+        train(codes, tmp_path / "broken", tokenizer_folder, config, on_step=StopAfter(3))
+    train(codes, tmp_path / "broken", tokenizer_folder, config)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
+    train(codes, tmp_path / "plain", tokenizer_folder, replace(config, precision="fp32"))
+    first, plain = read_log(tmp_path / "whole", "train")[-1], read_log(tmp_path / "plain", "train")[-1]
+    assert first["loss"] == pytest.approx(plain["loss"], rel=0.02)
+
+
+def test_tensorboard_files_are_written_if_it_is_installed(tmp_path, codes, tokenizer_folder):
+    pytest.importorskip("tensorboard")
+    train(codes, tmp_path / "run", tokenizer_folder, replace(TINY, steps=2, tensorboard=True))
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))

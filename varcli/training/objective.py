@@ -1,0 +1,77 @@
+"""What a transformer learns: the cross entropy of every code given all coarser scales, with teacher forcing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varcli.devices import autocast
+from varcli.order.base import Order
+from varcli.transformer import Transformer
+
+NUMBERS = ("loss", "loss_last", "accuracy", "accuracy_last")
+"""What `measure` returns beside the loss, in this order; "last" is the last step's tokens, the finest scale."""
+
+
+class Objective:
+    """A model and an order: codes and labels to a loss, compiled or not.
+
+    dtype: precision of matrix products. is_compiled: run through torch.compile; with graphs also as one CUDA graph.
+    """
+
+    def __init__(
+        self, model: Transformer, order: Order, device: torch.device, dtype: torch.dtype, label_smoothing: float = 0.0
+    ) -> None:
+        self.model, self.order, self.device, self.dtype = model, order, device, dtype
+        self.label_smoothing = label_smoothing
+        self._measure: Callable[..., tuple[Tensor, Tensor]] = measure
+
+    def compile(self, with_graphs: bool = False) -> None:
+        """Let torch.compile fuse the model with its loss from the next call on."""
+        self._measure = torch.compile(measure, dynamic=False, mode="reduce-overhead" if with_graphs else None)
+
+    def uncompile(self) -> None:
+        """Go back to plain torch."""
+        self._measure = measure
+
+    def loss(self, codes_BL: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss to learn from and (4,) `NUMBERS`. Labels may be num_classes, which is no class."""
+        with torch.no_grad():
+            x_BLZ = self.order.teacher_forcing_input(codes_BL)
+        with autocast(self.device, self.dtype):
+            last = self.order.step_lengths[-1]
+            return self._measure(self.model, labels_B, x_BLZ, codes_BL, self.label_smoothing, last)
+
+    @torch.no_grad()
+    def sums_by_step(self, codes_BL: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sums over the batch of each step's mean loss and accuracy, float64: two tensors of one entry a step."""
+        with autocast(self.device, self.dtype):
+            logits_BLV = self.model(labels_B, self.order.teacher_forcing_input(codes_BL))
+        losses_BL = F.cross_entropy(logits_BLV.flatten(0, 1), codes_BL.flatten(), reduction="none").view_as(codes_BL)
+        hits_BL = (logits_BLV.argmax(dim=-1) == codes_BL).float()
+        steps = self.order.step_lengths
+        sums = [
+            torch.stack([part.double().mean(dim=1).sum() for part in whole.split(steps, dim=1)])
+            for whole in (losses_BL, hits_BL)
+        ]
+        return sums[0], sums[1]
+
+
+def measure(
+    model: Transformer, labels_B: Tensor, x_BLZ: Tensor, codes_BL: Tensor, label_smoothing: float, last: int
+) -> tuple[Tensor, Tensor]:
+    """Return the loss to learn from, and (4,) numbers: mean loss and accuracy over all tokens, and over the `last` ones.
+
+    The loss is the plain mean cross entropy over tokens; `NUMBERS` are without label smoothing. Source: VAR's trainer.
+    """
+    logits_BLV = model(labels_B, x_BLZ)
+    flat, targets = logits_BLV.flatten(0, 1), codes_BL.flatten()
+    losses_BL = F.cross_entropy(flat, targets, reduction="none").view(codes_BL.shape)
+    plain = losses_BL.mean()
+    loss = F.cross_entropy(flat, targets, label_smoothing=label_smoothing) if label_smoothing else plain
+    hits_BL = (logits_BLV.detach().argmax(dim=-1) == codes_BL).float()
+    numbers = torch.stack([plain, losses_BL[:, -last:].mean(), hits_BL.mean(), hits_BL[:, -last:].mean()])
+    return loss, numbers.detach()

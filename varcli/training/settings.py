@@ -1,0 +1,158 @@
+"""What a user may set about training a transformer, and how the rest is filled in."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from varcli import config as configs
+from varcli.errors import ConfigError
+from varcli.training.loop import LoopConfig
+from varcli.training.recipes import choose_recipe
+from varcli.training.schedules import Schedule, find_shape
+from varcli.transformer import TransformerConfig
+
+_FEW_IMAGES = 100_000  # below it a model can overfit, so the best weights are kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a transformer is trained. What is None is chosen: by the recipe of this depth, the data or the device."""
+
+    depth: int = 16  # blocks; sets width, heads and recipe
+    width: int | None = None  # channels of the residual stream; None is 64 * depth
+    num_heads: int | None = None  # attention heads; None is one for 64 channels
+    mlp_ratio: float = 4.0  # hidden channels of the feed-forward layers over width
+    shared_adaln: bool | None = None  # one modulation layer for all blocks instead of one each
+    steps: int | None = None  # optimizer steps of the whole run; wins over epochs
+    epochs: float | None = None  # passes over the images
+    batch_size: int | None = None  # images an optimizer step
+    micro_batch_size: int | None = None  # images at once, gradients added up to a batch; None is what fits in memory
+    learning_rate: float | None = None  # peak
+    warmup_steps: int | None = None  # optimizer steps of linear rise
+    schedule: str | None = None  # lin0, lin, lin00, cos, exp, constant or lin<share>
+    final_learning_rate: float | None = None  # share of the peak at the end
+    weight_decay: float | None = None  # at the start
+    final_weight_decay: float | None = None  # at the end, reached along a cosine
+    grad_clip: float | None = 2.0  # largest global gradient norm; None turns clipping off
+    label_dropout: float = 0.1  # chance that an image's class is hidden, which guidance needs
+    label_smoothing: float = 0.0  # share of the target spread over all codes
+    dropout: float | None = None  # on attention and feed-forward outputs
+    drop_path: float | None = None  # chance to skip a branch of the last block; None is 0.1 * depth / 24
+    ema_decay: float | None = None  # of the averaged weights that are sampled from; 0 turns the average off
+    keep_best: bool | None = None  # sample from the weights of the best validation; None is where images are few
+    seed: int = 0  # of weights, order, dropouts
+    precision: str = "auto"  # auto, fp32, bf16 or fp16; auto is bf16 on CUDA and fp32 elsewhere
+    compile: bool | None = None  # torch.compile; None is on CUDA when the run is long enough to gain
+    cuda_graphs: bool = False  # replay each step's kernels in one launch: faster for small models, takes more memory
+    log_every: int | None = None  # steps between log lines
+    eval_every: int | None = None  # steps between validations; 0 is never
+    eval_images: int | None = 10_000  # validation images looked at each time; None is all
+    sample_every: int | None = None  # steps between sample grids; 0 is never
+    save_every: int | None = None  # steps between checkpoints
+    save_minutes: float = 10.0  # minutes between checkpoints, if that is sooner
+    keep_checkpoints: int = 2  # newest ones that stay
+    tensorboard: bool = True  # write TensorBoard's files if it is installed
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batch_size", "log_every", "save_every", "width", "num_heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, but is {value}")
+        if not 0 <= self.label_dropout <= 1 or not 0 <= self.label_smoothing < 1:
+            raise ConfigError("label_dropout and label_smoothing are shares from 0 to 1")
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise ConfigError(f"grad_clip must be above 0, but is {self.grad_clip}", "none turns clipping off")
+        if self.schedule is not None:
+            find_shape(self.schedule)
+
+    def transformer(self, **data: Any) -> TransformerConfig:
+        """The architecture for data of these step_lengths, vocab_size, code_channels and num_classes."""
+        width = self.width or 64 * self.depth
+        changes = {
+            "width": width,
+            "num_heads": self.num_heads or max(1, width // 64),
+            "mlp_ratio": self.mlp_ratio,
+            "shared_adaln": bool(self.shared_adaln),
+            "dropout": self.dropout or 0.0,
+        }
+        if self.drop_path is not None:
+            changes["drop_path"] = self.drop_path
+        return TransformerConfig.from_depth(self.depth, **changes, **data)
+
+    def optimizer_schedule(self) -> Schedule:
+        """Learning rate and weight decay of a resolved config, step by step."""
+        return Schedule(
+            total_steps=self.steps,
+            learning_rate=self.learning_rate,
+            shape=self.schedule,
+            warmup_steps=self.warmup_steps,
+            final=self.final_learning_rate,
+            weight_decay=self.weight_decay,
+            final_weight_decay=self.final_weight_decay,
+        )
+
+    def loop(self) -> LoopConfig:
+        """The loop's part of a resolved config."""
+        names = {field.name for field in dataclasses.fields(LoopConfig)}
+        return LoopConfig(**{name: getattr(self, name) for name in names})
+
+
+FREE = LoopConfig.FREE | {"epochs", "micro_batch_size", "compile", "cuda_graphs", "eval_images"}
+"""Settings that a resumed run may change: they decide when and how, not what."""
+
+
+def resolve(
+    config: TrainConfig,
+    *,
+    num_images: int,
+    has_validation: bool,
+    device_type: str,
+    precision: str,
+    stored: Mapping[str, Any] | None = None,
+) -> TrainConfig:
+    """Fill in what `config` leaves open; only micro_batch_size and compile may stay None.
+
+    stored: the config a resumed run was begun with: what is open now is what it was then. Raises ConfigError if the
+    result does not fit together.
+    """
+    if stored is not None:
+        known = {field.name for field in dataclasses.fields(TrainConfig)}
+        given = configs.to_dict(config)
+        opened = {name for name, value in given.items() if value is None or (name, value) == ("precision", "auto")}
+        opened -= {"grad_clip", "eval_images"} | ({"steps"} if config.epochs is not None else set())
+        config = configs.replace(config, {name: stored[name] for name in opened & known & set(stored)})
+    recipe = choose_recipe(config.depth, device_type)
+    batch_size = config.batch_size or (
+        min(recipe.batch_size, num_images) if recipe.max_steps is not None else recipe.batch_size
+    )
+    steps = config.steps or recipe.steps(num_images, batch_size, config.epochs)
+    filled = {
+        "batch_size": batch_size,
+        "steps": steps,
+        "learning_rate": recipe.learning_rate(batch_size),
+        "warmup_steps": math.ceil(steps * recipe.warmup) if steps > 1 else 0,
+        "schedule": recipe.schedule,
+        "final_learning_rate": recipe.final_learning_rate,
+        "weight_decay": recipe.weight_decay,
+        "final_weight_decay": recipe.final_weight_decay if config.weight_decay is None else config.weight_decay,
+        "dropout": recipe.dropout,
+        "ema_decay": recipe.ema_decay,
+        "shared_adaln": recipe.shared_adaln,
+        "keep_best": has_validation and num_images < _FEW_IMAGES,
+        "log_every": 50 if device_type == "cuda" else 10,
+        "eval_every": max(50, steps // 20) if has_validation else 0,
+        "sample_every": max(100, steps // 10),
+        "save_every": 1000,
+    }
+    changes = {name: value for name, value in filled.items() if getattr(config, name) is None}
+    resolved = configs.replace(
+        config, {**changes, "precision": precision if config.precision == "auto" else config.precision}
+    )
+    if resolved.keep_best and not has_validation:
+        raise ConfigError("keep_best needs a validation split, but the codes cache has none", "give the images a val/")
+    resolved.optimizer_schedule(), resolved.loop()
+    return resolved

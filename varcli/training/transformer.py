@@ -1,0 +1,149 @@
+"""Training a transformer on a codes cache: the one call behind `varcli train`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from varcli import config as configs
+from varcli.artifacts.verify import read_manifest, verify_folder
+from varcli.data.codes import CodesCache, CodesSplit, require_tokenizer
+from varcli.devices import PRECISIONS, resolve_device, resolve_precision
+from varcli.errors import ArtifactError
+from varcli.progress import OnStep, Step, ignore
+from varcli.tokenizer.store import KIND as TOKENIZER_KIND
+from varcli.tokenizer.store import load_tokenizer
+from varcli.training.find import find_tokenizer, tokenizer_folder
+from varcli.training.loop import run_training
+from varcli.training.plan import TrainPlan
+from varcli.training.run import copy_artifact, open_run
+from varcli.training.settings import FREE, TrainConfig, resolve
+from varcli.training.source import CodesSource
+from varcli.training.trainer import OnSamples, SampleRequest, TransformerTrainer
+from varcli.transformer.store import KIND
+
+__all__ = ["OnPlan", "OnSamples", "SampleRequest", "TrainConfig", "TrainPlan", "TrainResult", "train_transformer"]
+
+OnPlan = Callable[[TrainPlan], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a finished run came to."""
+
+    folder: Path  # the run folder, which is a model folder too
+    step: int  # optimizer steps done
+    seconds: float  # spent training, over all resumptions
+    num_parameters: int  # weights of the transformer
+    values: dict[str, float] = field(default_factory=dict)  # of the last log line of this call
+    validation: dict[str, Any] = field(default_factory=dict)  # the last one of this call
+    best: dict[str, float] | None = None  # step and loss of the best validation
+
+
+def train_transformer(
+    codes: Path,
+    out: Path,
+    config: TrainConfig | None = None,
+    *,
+    tokenizer: Path | str | None = None,
+    device: str = "auto",
+    resume: str = "auto",
+    on_step: OnStep = ignore,
+    on_plan: OnPlan | None = None,
+    on_samples: OnSamples | None = None,
+) -> TrainResult:
+    """Train a transformer on a codes cache, into a run folder that can be sampled from; go on with a run begun there.
+
+    codes: written by `varcli tokenize`. tokenizer: the one that wrote them, None looks for it by its fingerprint.
+    resume: "auto", "last-good" after damage, or "never". on_plan: told once, before the first step. on_samples: draws
+    the picture for samples/. Sets torch's random seed.
+    Raises ArtifactError or IntegrityError for codes, tokenizer or checkpoints that are not whole or do not belong
+    together, ConfigError for settings that cannot be or differ from the run's, and what `run_training` raises.
+    """
+    where = resolve_device(device)
+    cache = CodesCache.open(codes)
+    source_folder = _choose_tokenizer(cache, Path(out), tokenizer)
+    with open_run(out, resume) as run, _fast_matmul(where):
+        train, validation = _load_splits(cache)
+        config = config or TrainConfig()
+        config = resolve(
+            config,
+            num_images=len(train.sources.unique()),
+            has_validation=validation is not None,
+            device_type=where.type,
+            precision=_precision_name(resolve_precision(config.precision, where)),
+            stored=run.config,
+        )
+        inputs = {"codes": cache.manifest.digest, "tokenizer": cache.tokenizer}
+        run.settle(KIND, configs.to_dict(config), inputs, FREE)
+        is_finished = run.is_finished(config.steps)
+        if not run.holds(TOKENIZER_KIND, TOKENIZER_KIND):
+            copy_artifact(source_folder, run.path / TOKENIZER_KIND, TOKENIZER_KIND)
+        trainer = TransformerTrainer(
+            config,
+            load_tokenizer(source_folder, where),
+            CodesSource(train, config.batch_size, config.seed, where),
+            CodesSource(validation, config.batch_size, config.seed, where) if validation else None,
+            classes=cache.classes,
+            device=where,
+            on_samples=on_samples,
+            on_step=on_step,
+        )
+        if is_finished:
+            on_step(Step(config.steps, config.steps, message=f"`{out}` has all its {config.steps:,} steps already"))
+        else:
+            plan = trainer.prepare(run.step)
+            if on_plan is not None:
+                on_plan(plan)
+        info = {"codes": cache.manifest.digest, "images": trainer.source.num_images}
+        result = run_training(trainer, run, config.loop(), on_step, info)
+    return TrainResult(
+        folder=Path(out),
+        step=result.step,
+        seconds=result.seconds,
+        num_parameters=trainer.model.num_parameters,
+        values=result.values,
+        validation=result.validation,
+        best=result.best,
+    )
+
+
+def _load_splits(cache: CodesCache) -> tuple[CodesSplit, CodesSplit | None]:
+    """Read what to learn from and, if it is there, what to measure on."""
+    train = cache.load("train" if "train" in cache.splits else next(iter(cache.splits)))
+    has_validation = "val" in cache.splits and "train" in cache.splits and cache.num_rows("val") > 0
+    return train, cache.load("val") if has_validation else None
+
+
+def _choose_tokenizer(cache: CodesCache, out: Path, given: Path | str | None) -> Path:
+    """Return the folder of the tokenizer that wrote the codes: as given, the run's own copy, or one at hand."""
+    if given is not None:
+        folder = tokenizer_folder(given)
+        require_tokenizer(cache, str(read_manifest(folder, TOKENIZER_KIND).info.get("fingerprint")))
+        return folder
+    own = out / TOKENIZER_KIND
+    with contextlib.suppress(ArtifactError):  # not there, or not whole: then it is copied anew
+        manifest = read_manifest(own, TOKENIZER_KIND)
+        if manifest.info.get("fingerprint") == cache.tokenizer and not verify_folder(own, manifest):
+            return own
+    return find_tokenizer(cache.tokenizer)
+
+
+def _precision_name(dtype: torch.dtype) -> str:
+    return next(name for name, entry in PRECISIONS.items() if entry == dtype)
+
+
+@contextlib.contextmanager
+def _fast_matmul(device: torch.device) -> Iterator[None]:
+    """Let float32 products on a GPU use TF32, as VAR's trainer does."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
