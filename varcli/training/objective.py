@@ -19,7 +19,7 @@ NUMBERS = ("loss", "loss_last", "accuracy", "accuracy_last")
 class Objective:
     """A model and an order: codes and labels to a loss, compiled or not.
 
-    dtype: precision of matrix products. is_compiled: run through torch.compile; with graphs also as one CUDA graph.
+    dtype: precision of matrix products.
     """
 
     def __init__(
@@ -28,17 +28,24 @@ class Objective:
         self.model, self.order, self.device, self.dtype = model, order, device, dtype
         self.label_smoothing = label_smoothing
         self._measure: Callable[..., tuple[Tensor, Tensor]] = measure
+        self._has_graphs = False
 
     def compile(self, with_graphs: bool = False) -> None:
         """Let torch.compile fuse the model with its loss from the next call on."""
         self._measure = torch.compile(measure, dynamic=False, mode="reduce-overhead" if with_graphs else None)
+        self._has_graphs = with_graphs
 
     def uncompile(self) -> None:
         """Go back to plain torch."""
-        self._measure = measure
+        self._measure, self._has_graphs = measure, False
 
     def loss(self, codes_BL: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss to learn from and (4,) `NUMBERS`. Labels may be num_classes, which is no class."""
+        """Return the loss to learn from and (4,) `NUMBERS`. Labels may be num_classes, which is no class.
+
+        With graphs, the next call overwrites both, and the gradients of this one.
+        """
+        if self._has_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():
             x_BLZ = self.order.teacher_forcing_input(codes_BL)
         with autocast(self.device, self.dtype):

@@ -1,198 +1,235 @@
-"""Training of the multi-scale tokenizer: pixels, perceived content, the quantizer, and a late discriminator."""
+"""Training the multi-scale tokenizer on images: the one call behind `varcli train-tokenizer`."""
 
 from __future__ import annotations
 
-import math
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
-from varcli.devices import autocast
-from varcli.errors import ConfigError
-from varcli.tokenizer import VQVAE, TokenizerConfig
-from varcli.tokenizer.discriminator import PatchDiscriminator, augment_pair
-from varcli.tokenizer.health import codebook_report, count_codes, restart_dead_codes
-from varcli.tokenizer.losses import (
-    LeCamPenalty,
-    PerceptualLoss,
-    discriminator_loss,
-    generator_loss,
-    pixel_loss,
+from varcli import config as configs
+from varcli.artifacts.write import atomic_folder
+from varcli.data.batches import ShuffledOrder
+from varcli.data.defaults import default_decode
+from varcli.data.images import ImageTree, decode_images, open_images
+from varcli.data.samples import make_grid
+from varcli.devices import resolve_device, resolve_precision
+from varcli.errors import DataError
+from varcli.progress import OnStep, Step, ignore
+from varcli.tokenizer.health import count_codes, restart_dead_codes
+from varcli.tokenizer.judge import evaluate_tokenizer, scale_strip
+from varcli.tokenizer.store import KIND, save_tokenizer
+from varcli.training.ema import Ema
+from varcli.training.loop import LoopConfig, Trainer, run_training
+from varcli.training.optim import Updater, build_adamw
+from varcli.training.run import open_run
+from varcli.training.schedules import Schedule
+from varcli.training.state import Parts
+from varcli.training.tokenizer_objective import (
+    TokenizerObjective,
+    TokenizerTrainConfig,
+    adversarial_share,
+    augment,
+    draw_kept_scales,
 )
+
+_USAGE_DECAY = 0.99  # of the running counts that say which codes are dead
+_DEAD_SHARE = 0.02  # of a code's fair share of the picks, below which it is dead
+_STRIP_IMAGES = 16  # held-out images in the pictures of a run
+_MAX_BYTES = 8 * 2**30  # decoded images are kept in memory up to this size
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerTrainConfig:
-    """How a tokenizer is trained. The defaults suit some thousand images of 64 px on one GPU."""
+class TokenizerTrainResult:
+    """What a finished run came to."""
 
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    steps: int = 10_000  # optimizer steps
-    batch_size: int = 128  # images a step
-    learning_rate: float = 4e-4  # peak, of the tokenizer
-    warmup_steps: int = 200  # optimizer steps of linear rise
-    final_learning_rate: float = 0.02  # share of the peak left at the end of the cosine
-    grad_clip: float | None = 1.0  # max global gradient norm; None turns clipping off
-    quantizer_weight: float = 1.0  # of the codebook and commitment loss
-    perceptual_weight: float = 0.5  # of the distance in a fixed network's features
-    adversarial_weight: float = 0.1  # share of the content gradient's size given to the discriminator; 0 turns it off
-    adversarial_start: float = (
-        0.5  # share of the steps done before the discriminator is heard; it learns from half that on
-    )
-    discriminator_learning_rate: float = 2e-4  # constant
-    lecam_weight: float = 1e-3  # of the penalty that steadies the discriminator
-    scale_dropout: float = 0.1  # share of images that keep only some of their coarse scales
-    restart_every: int = 100  # steps between restarts of codes nobody picks; 0 turns them off
-    restart_until: float = 0.7  # share of the steps after which codes are left alone
-    ema_decay: float = 0.999  # of the weights that are saved
-    flip: bool = True  # mirror images at random; a tokenizer may, whatever the pictures say
-    shift: int = 4  # pixels an image is moved at most, its border repeated
-    precision: str = "auto"  # auto, fp32, bf16 or fp16
-    compile: bool | None = None  # torch.compile; None decides by device
-    seed: int = 0  # of weights, order, augmentation and restarts
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size) < 1:
-            raise ConfigError("steps and batch_size must be at least 1")
-        if not 0 <= self.adversarial_start <= 1 or not 0 <= self.scale_dropout <= 1:
-            raise ConfigError("adversarial_start and scale_dropout are shares between 0 and 1")
+    folder: Path  # the run folder; the tokenizer itself is in its `tokenizer/`
+    step: int  # optimizer steps done
+    seconds: float  # spent training, over all resumptions
+    validation: dict[str, Any] = field(default_factory=dict)  # the last one of this call
 
 
-class TokenizerObjective(nn.Module):
-    """Everything one step of tokenizer training needs besides optimizers: the tokenizer, its judges, and their losses."""
+class TokenizerTrainer(Trainer):
+    """Reconstruction, quantizer and a late discriminator, plugged into the shared loop.
 
-    def __init__(self, config: TokenizerTrainConfig, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.config, self.device, self.dtype = config, device, dtype
-        self.tokenizer = VQVAE(config.tokenizer)
-        self.discriminator = PatchDiscriminator() if config.adversarial_weight else None
-        self.lecam = LeCamPenalty()
-        self.perceptual = PerceptualLoss() if config.perceptual_weight else None
-        self.to(device)
-        compiled = config.compile if config.compile is not None else device.type == "cuda"
-        self.run_tokenizer = torch.compile(self.tokenizer) if compiled else self.tokenizer
-        self.run_perceptual = torch.compile(self.perceptual) if compiled and self.perceptual else self.perceptual
+    images, held_out: uint8 (N, 3, H, W) on `device`; held_out may be empty.
+    """
 
-    def backward_tokenizer(
-        self, images: Tensor, num_kept_B: Tensor, adversarial_share: float, generator: torch.Generator
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Add one batch's gradients to the tokenizer's parameters.
+    published = KIND
+    shown = ("loss", "psnr", "codes_restarted")
 
-        images: (B, 3, H, W) in [-1, 1]. adversarial_share: size of the discriminator's gradient on the reconstruction
-        as a share of the content losses' (VQGAN, arXiv:2012.09841, Eq. 7, measured at the picture instead of the last
-        layer, which needs no second pass). Returns (numbers for the log, reconstructions, codes).
-        """
-        with autocast(self.device, self.dtype):
-            reconstructions, quantizer_loss, codes = self.run_tokenizer(images, num_kept_B)
-        leaf = reconstructions.detach().float().requires_grad_()
-        pixel = pixel_loss(images, leaf)
-        content, numbers = pixel, {"pixel_loss": pixel.detach(), "quantizer_loss": quantizer_loss.detach()}
-        if self.run_perceptual is not None:
-            with autocast(self.device, self.dtype):
-                perceptual = self.run_perceptual(images, leaf)
-            content = content + self.config.perceptual_weight * perceptual
-            numbers["perceptual_loss"] = perceptual.detach()
-        (gradient,) = torch.autograd.grad(content, leaf)
-        if adversarial_share > 0:
-            with autocast(self.device, self.dtype):
-                adversarial = generator_loss(self.discriminator(augment_pair(images, leaf, generator)[1]))
-            (push,) = torch.autograd.grad(adversarial, leaf)
-            gradient = gradient + push * (adversarial_share * gradient.norm() / (push.norm() + 1e-8))
-            numbers["adversarial_loss"] = adversarial.detach()
-        torch.autograd.backward(
-            [reconstructions, quantizer_loss * self.config.quantizer_weight], [gradient.to(reconstructions.dtype), None]
+    def __init__(self, config: TokenizerTrainConfig, images: Tensor, held_out: Tensor, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.images, self.held_out, self.device = config, images, held_out, device
+        self.batch_size = config.batch_size
+        self.order = ShuffledOrder(len(images), config.seed)
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.objective = TokenizerObjective(config, device, resolve_precision(config.precision, device))
+        self.model = self.objective.tokenizer.train()
+        self.average = Ema(self.model, config.ema_decay)
+        schedule = Schedule(
+            total_steps=config.steps,
+            learning_rate=config.learning_rate,
+            shape="cos",
+            warmup_steps=min(config.warmup_steps, config.steps // 4),
+            final=config.final_learning_rate,
+            weight_decay=0.0,
         )
-        return numbers, leaf.detach(), codes
+        # beta2 as of GANs: the codebook's and the discriminator's gradients change fast
+        self.updater = Updater(
+            build_adamw(self.model, betas=(0.9, 0.99)), schedule, grad_clip=config.grad_clip, ema=self.average
+        )
+        modules: dict[str, torch.nn.Module] = {KIND: self.model}
+        optimizers = {KIND: self.updater.optimizer}
+        self.judge: Updater | None = None
+        if self.objective.discriminator is not None:
+            constant = Schedule(
+                total_steps=config.steps,
+                learning_rate=config.discriminator_learning_rate,
+                shape="constant",
+                weight_decay=0.0,
+            )
+            self.judge = Updater(build_adamw(self.objective.discriminator, betas=(0.5, 0.9)), constant)
+            modules |= {"discriminator": self.objective.discriminator, "lecam": self.objective.lecam}
+            optimizers["discriminator"] = self.judge.optimizer
+        self.parts = Parts(
+            modules=modules,
+            optimizers=optimizers,
+            averages={KIND: self.average},
+            generators={"batches": self.generator},
+        )
 
-    def backward_discriminator(
-        self, images: Tensor, reconstructions: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """Add one batch's gradients to the discriminator's parameters; return numbers for the log."""
-        real, fake = augment_pair(images, reconstructions, generator)
-        with autocast(self.device, self.dtype):
-            real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).float().chunk(2)
-        loss = discriminator_loss(real_logits, fake_logits)
-        (loss + self.config.lecam_weight * self.lecam(real_logits, fake_logits)).backward()
-        return {"discriminator_loss": loss.detach()}
+    def train_step(self, step: int) -> Mapping[str, Tensor | float]:
+        """One step of the tokenizer and, once it learns, one of the discriminator; see `Trainer.train_step`."""
+        config = self.config
+        picks = torch.as_tensor(self.order.indices(step * config.batch_size, config.batch_size), device=self.device)
+        images = augment(self.images[picks], config, self.generator)
+        kept = draw_kept_scales(len(images), config, self.generator, self.device)
+        share = adversarial_share(step, config)
+        self.updater.begin(step)
+        numbers, reconstructions, codes = self.objective.backward_tokenizer(images, kept, share, self.generator)
+        loss = numbers["pixel_loss"] + numbers["quantizer_loss"]
+        numbers = {"loss": loss, **numbers, **self.updater.finish(loss)}
+        if self.judge is not None and step >= 0.8 * config.adversarial_start * config.steps:
+            self.judge.begin(step)
+            numbers |= self.objective.backward_discriminator(images, reconstructions, self.generator)
+            self.judge.finish(numbers["discriminator_loss"])
+        numbers["codes_restarted"] = float(self._keep_codes_alive(step, images, codes))
+        return numbers
+
+    @torch.no_grad()
+    def _keep_codes_alive(self, step: int, images: Tensor, codes_BL: Tensor) -> int:
+        """Count the picks of this step; now and then move codes nobody picks onto what the batch left over."""
+        config, quantizer = self.config, self.model.quantizer
+        counts = count_codes(codes_BL, quantizer.scales, quantizer.vocab_size)
+        quantizer.usage_KV.lerp_(counts, 1 - _USAGE_DECAY)
+        every = config.restart_every
+        if not every or (step + 1) % every or step > config.restart_until * config.steps:
+            return 0
+        usage_V = quantizer.usage_KV.sum(dim=0)
+        dead_V = usage_V < _DEAD_SHARE * codes_BL.numel() / quantizer.vocab_size
+        moved = restart_dead_codes(quantizer, self.model.features(images), dead_V, self.generator)
+        table = quantizer.codebook.weight
+        self.average.shadow["quantizer.codebook.weight"][moved] = table[moved]
+        for moment in self.updater.optimizer.state.get(table, {}).values():
+            if moment.shape == table.shape:
+                moment[moved] = 0
+        quantizer.usage_KV[:, moved] = codes_BL.numel() / quantizer.vocab_size / quantizer.scales.num_scales
+        return len(moved)
+
+    @torch.no_grad()
+    def validate(self) -> Mapping[str, Any]:
+        """Reconstruction and codebook health of the averaged weights on held-out images."""
+        if not len(self.held_out):
+            return {}
+        self.model.eval()
+        with self.average.swapped():
+            report = evaluate_tokenizer(self.model, self.held_out, self.objective.perceptual)
+        self.model.train()
+        return {"loss": report["l1"] + report["mse"] + report.get("perceptual", 0.0), **report}
+
+    @torch.no_grad()
+    def draw(self, step: int) -> Image.Image | None:
+        """Held-out images on top, then their decode after 1, 2, ... K scales."""
+        source = self.held_out if len(self.held_out) else self.images
+        self.model.eval()
+        with self.average.swapped():
+            strip = scale_strip(self.model, source[:: max(1, len(source) // _STRIP_IMAGES)][:_STRIP_IMAGES])
+        self.model.train()
+        return make_grid(strip.flatten(0, 1).cpu(), columns=strip.shape[1])
+
+    def publish(self, folder: Path, info: Mapping[str, Any]) -> None:
+        """Write the averaged weights as a tokenizer folder."""
+        with self.average.swapped(), atomic_folder(folder) as temporary:
+            save_tokenizer(temporary, self.model, info)
 
 
-def adversarial_share(step: int, config: TokenizerTrainConfig) -> float:
-    """How strongly the discriminator is heard at `step`: 0 until its start, then a linear rise over 5 % of the steps."""
-    start = config.adversarial_start * config.steps
-    if not config.adversarial_weight or step < start:
-        return 0.0
-    return config.adversarial_weight * min(1.0, (step - start) / max(0.05 * config.steps, 1))
+def train_tokenizer(
+    images: Path,
+    out: Path,
+    config: TokenizerTrainConfig | None = None,
+    *,
+    device: str = "auto",
+    resume: str = "auto",
+    on_step: OnStep = ignore,
+) -> TokenizerTrainResult:
+    """Train a tokenizer on a folder of images, into a run folder; go on with a run begun there.
+
+    images: an image tree; a "val" split, if there is one, is held out and measured on. The tokenizer is written to
+    `out/tokenizer` with each checkpoint. Raises DataError for images that cannot be used or fewer than a batch,
+    ConfigError for settings that differ from the run's, and what `run_training` raises.
+    """
+    config = config or TokenizerTrainConfig()
+    where = resolve_device(device)
+    tree = open_images(images, allow_single_class=True)
+    names = list(tree.splits)
+    train = "train" if "train" in names else names[0]
+    with open_run(out, resume) as run:
+        listing = hashlib.sha256("\n".join(tree.splits[train].paths).encode("utf-8", "surrogateescape")).hexdigest()
+        run.settle(KIND, configs.to_dict(config), {"images": listing}, LoopConfig.FREE - {"steps"})
+        pixels = read_pixels(tree, train, config.tokenizer.image_size, on_step).to(where)
+        if len(pixels) < config.batch_size:
+            raise DataError(
+                f"`{images}` has {len(pixels)} images to train on, fewer than one batch of {config.batch_size}",
+                "use a smaller --batch-size or more images",
+            )
+        held_out = pixels[:0]
+        if "val" in names and train != "val":
+            held_out = read_pixels(tree, "val", config.tokenizer.image_size, on_step).to(where)
+        trainer = TokenizerTrainer(config, pixels, held_out, where)
+        loop = LoopConfig(
+            steps=config.steps,
+            log_every=config.log_every,
+            eval_every=config.eval_every if len(held_out) else 0,
+            sample_every=config.eval_every,
+            save_every=config.save_every,
+        )
+        result = run_training(trainer, run, loop, on_step, {"images": len(pixels), "classes": list(tree.classes)})
+    return TokenizerTrainResult(
+        folder=Path(out), step=result.step, seconds=result.seconds, validation=result.validation
+    )
 
 
-def learning_rate(step: int, config: TokenizerTrainConfig) -> float:
-    """Linear warm-up, then a cosine to `final_learning_rate` of the peak."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    floor = config.final_learning_rate
-    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+def read_pixels(tree: ImageTree, split: str, size: int, on_step: OnStep = ignore) -> Tensor:
+    """Decode a whole split into memory: uint8 (N, 3, size, size), one view an image.
 
-
-def augment(images_u8: Tensor, config: TokenizerTrainConfig, generator: torch.Generator) -> Tensor:
-    """Mirror and shift uint8 images (B, 3, H, W) at random by whole pixels; returns floats in [-1, 1]."""
-    batch, _, height, width = images_u8.shape
-    device = images_u8.device
-
-    def offsets() -> Tensor:
-        return torch.randint(-config.shift, config.shift + 1, (batch, 1), generator=generator, device=device)
-
-    rows = (torch.arange(height, device=device) + offsets()).clamp(0, height - 1)
-    columns = (torch.arange(width, device=device) + offsets()).clamp(0, width - 1)
-    if config.flip:
-        mirrored = torch.rand(batch, 1, generator=generator, device=device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    picks = torch.arange(batch, device=device).view(batch, 1, 1)
-    moved = images_u8.permute(0, 2, 3, 1)[picks, rows.unsqueeze(2), columns.unsqueeze(1)]
-    return moved.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def draw_kept_scales(
-    batch: int, config: TokenizerTrainConfig, generator: torch.Generator, device: torch.device
-) -> Tensor:
-    """Draw how many coarse scales each image keeps: all K, or for a share of them a uniform number in [1, K - 1]."""
-    num_scales = config.tokenizer.scales.num_scales
-    some = torch.randint(1, max(num_scales, 2), (batch,), generator=generator, device=device)
-    dropped = torch.rand(batch, generator=generator, device=device) < config.scale_dropout
-    return torch.where(dropped & (num_scales > 1), some, num_scales)
-
-
-@torch.no_grad()
-def evaluate_tokenizer(
-    tokenizer: VQVAE, images_u8: Tensor, perceptual: PerceptualLoss | None, batch_size: int = 128
-) -> dict[str, float]:
-    """Measure reconstructions of uint8 images (N, 3, H, W): PSNR in dB over [0, 255], distances, codebook usage."""
-    config = tokenizer.config
-    counts = torch.zeros(config.scales.num_scales, config.vocab_size, device=images_u8.device)
-    squared, absolute, distance = 0.0, 0.0, 0.0
-    psnr_sum = 0.0
-    for chunk in images_u8.split(batch_size):
-        images = chunk.float() / 127.5 - 1
-        codes = tokenizer.encode(images)
-        counts += count_codes(codes, config.scales, config.vocab_size)
-        reconstructions = tokenizer.decode(tokenizer.quantizer.embed(codes))
-        errors = (reconstructions - images).square().mean(dim=(1, 2, 3))
-        psnr_sum += float((10 * torch.log10(4 / errors.clamp(min=1e-10))).sum())
-        squared += float(errors.sum())
-        absolute += float((reconstructions - images).abs().mean(dim=(1, 2, 3)).sum())
-        if perceptual is not None:
-            distance += float(perceptual(images, reconstructions)) * len(chunk)
-    count = len(images_u8)
-    report = {"psnr": psnr_sum / count, "mse": squared / count, "l1": absolute / count}
-    if perceptual is not None:
-        report["perceptual"] = distance / count
-    return {**report, **codebook_report(counts)}
-
-
-@torch.no_grad()
-def scale_strip(tokenizer: VQVAE, images_u8: Tensor) -> Tensor:
-    """Show what each scale adds: uint8 (1 + K, N, 3, H, W), the images, then their decode after 1, 2, ... K scales."""
-    codes = tokenizer.encode(images_u8.float() / 127.5 - 1)
-    rows = [images_u8]
-    for f_hat, _ in tokenizer.quantizer.running_f_hat(codes):
-        rows.append(((tokenizer.decode(f_hat) + 1) * 127.5).round().to(torch.uint8))
-    return torch.stack(rows)
+    Raises DataError if that would take more than 8 GiB.
+    """
+    count = len(tree.splits[split])
+    if count * 3 * size * size > _MAX_BYTES:
+        raise DataError(
+            f"{count:,} images of {size} px take {count * 3 * size * size / 2**30:.0f} GiB decoded, more than the 8 GiB "
+            "a tokenizer's training keeps in memory",
+            "train the tokenizer on a part of them",
+        )
+    parts, done = [], 0
+    for batch in decode_images(tree, split, default_decode(tree, size)[split]):
+        parts.append(batch.images)
+        done += len(batch.requested)
+        on_step(Step(done, count, unit="images"))
+    return torch.cat(parts) if parts else torch.zeros(0, 3, size, size, dtype=torch.uint8)

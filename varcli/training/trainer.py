@@ -203,6 +203,7 @@ class TransformerTrainer(Trainer):
         codes, labels = (tensor[:images] for tensor in self.source.batch(start_step))
 
         def try_out() -> None:
+            self.updater.optimizer.zero_grad(set_to_none=True)
             self.updater.backward(self.objective.loss(codes, labels)[0])
 
         with undisturbed(self.device):

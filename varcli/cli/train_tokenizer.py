@@ -1,0 +1,50 @@
+"""`varcli train-tokenizer`: a multi-scale tokenizer from a folder of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from varcli.cli import console
+from varcli.cli.options import ConfigFileOption, DeviceOption, JsonOption, OutOption, SetOption
+
+
+def train_tokenizer(
+    images: Annotated[Path, Argument(help="Folder of images; its val/, if it has one, is held out.")],
+    out: OutOption = Path("tokenizers/mine"),
+    steps: Annotated[int | None, Option("--steps", help="Optimizer steps.", show_default=False)] = None,
+    batch_size: Annotated[int | None, Option("--batch-size", help="Images a step.", show_default=False)] = None,
+    config: ConfigFileOption = None,
+    settings: SetOption = None,
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Train the tokenizer that turns images into codes and back."""
+    from varcli import config as configs
+    from varcli.training.tokenizer import train_tokenizer as train
+    from varcli.training.tokenizer_objective import TokenizerTrainConfig
+
+    values = configs.read_toml(config) if config else {}
+    tokenizer = dict(values.pop("tokenizer", {}))
+    for key, value in configs.parse_assignments(settings or []).items():
+        part, dot, name = key.partition(".")
+        if dot and part == "tokenizer":
+            tokenizer[name] = value
+        else:
+            values[key] = value
+    given = {"steps": steps, "batch_size": batch_size}
+    values |= {key: value for key, value in given.items() if value is not None} | {"tokenizer": tokenizer}
+    resolved = configs.from_dict(TokenizerTrainConfig, values)
+    result = train(images, out, resolved, device=device, on_step=console.progress("training the tokenizer"))
+    report = {"folder": str(result.folder / "tokenizer"), "steps": result.step, "seconds": result.seconds}
+    numbers = ", ".join(
+        f"{name} {result.validation[name]:.3g}"
+        for name in ("psnr", "perceptual", "codebook_used")
+        if name in result.validation
+    )
+    console.report(
+        {**report, **result.validation}, json, f"tokenizer in {result.folder / 'tokenizer'} {numbers}".strip()
+    )
+    console.note(f"next: varcli tokenize {images} --tokenizer {result.folder / 'tokenizer'} --out codes")

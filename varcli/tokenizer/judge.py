@@ -1,0 +1,47 @@
+"""How good a tokenizer is: distances between images and their reconstructions, and what each scale adds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from varcli.tokenizer.health import codebook_report, count_codes
+from varcli.tokenizer.losses import PerceptualLoss
+from varcli.tokenizer.vqvae import VQVAE
+
+
+@torch.no_grad()
+def evaluate_tokenizer(
+    tokenizer: VQVAE, images_u8: Tensor, perceptual: PerceptualLoss | None, batch_size: int = 128
+) -> dict[str, float]:
+    """Measure reconstructions of uint8 images (N, 3, H, W): PSNR in dB over [0, 255], distances, codebook usage."""
+    config = tokenizer.config
+    counts = torch.zeros(config.scales.num_scales, config.vocab_size, device=images_u8.device)
+    squared, absolute, distance = 0.0, 0.0, 0.0
+    psnr_sum = 0.0
+    for chunk in images_u8.split(batch_size):
+        images = chunk.float() / 127.5 - 1
+        codes = tokenizer.encode(images)
+        counts += count_codes(codes, config.scales, config.vocab_size)
+        reconstructions = tokenizer.decode(tokenizer.quantizer.embed(codes))
+        errors = (reconstructions - images).square().mean(dim=(1, 2, 3))
+        psnr_sum += float((10 * torch.log10(4 / errors.clamp(min=1e-10))).sum())
+        squared += float(errors.sum())
+        absolute += float((reconstructions - images).abs().mean(dim=(1, 2, 3)).sum())
+        if perceptual is not None:
+            distance += float(perceptual(images, reconstructions)) * len(chunk)
+    count = len(images_u8)
+    report = {"psnr": psnr_sum / count, "mse": squared / count, "l1": absolute / count}
+    if perceptual is not None:
+        report["perceptual"] = distance / count
+    return {**report, **codebook_report(counts)}
+
+
+@torch.no_grad()
+def scale_strip(tokenizer: VQVAE, images_u8: Tensor) -> Tensor:
+    """Show what each scale adds: uint8 (1 + K, N, 3, H, W), the images, then their decode after 1, 2, ... K scales."""
+    codes = tokenizer.encode(images_u8.float() / 127.5 - 1)
+    rows = [images_u8]
+    for f_hat, _ in tokenizer.quantizer.running_f_hat(codes):
+        rows.append(((tokenizer.decode(f_hat) + 1) * 127.5).round().to(torch.uint8))
+    return torch.stack(rows)

@@ -1,0 +1,147 @@
+"""One step of tokenizer training without its optimizers: settings, judges, losses, and what is drawn at random."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from varcli.devices import autocast
+from varcli.errors import ConfigError
+from varcli.tokenizer import VQVAE, TokenizerConfig
+from varcli.tokenizer.discriminator import PatchDiscriminator, augment_pair
+from varcli.tokenizer.losses import LeCamPenalty, PerceptualLoss, discriminator_loss, generator_loss, pixel_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTrainConfig:
+    """How a tokenizer is trained. The defaults suit some thousand images of 64 px on one GPU."""
+
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    steps: int = 10_000  # optimizer steps
+    batch_size: int = 128  # images a step
+    learning_rate: float = 4e-4  # peak, of the tokenizer
+    warmup_steps: int = 200  # optimizer steps of linear rise
+    final_learning_rate: float = 0.02  # share of the peak left at the end of the cosine
+    grad_clip: float | None = 1.0  # max global gradient norm; None turns clipping off
+    quantizer_weight: float = 1.0  # of the codebook and commitment loss
+    perceptual_weight: float = 0.5  # of the distance in a fixed network's features
+    adversarial_weight: float = 0.1  # share of the content gradient's size given to the discriminator; 0 turns it off
+    adversarial_start: float = (
+        0.5  # share of the steps done before the discriminator is heard; it learns from half that on
+    )
+    discriminator_learning_rate: float = 2e-4  # constant
+    lecam_weight: float = 1e-3  # of the penalty that steadies the discriminator
+    scale_dropout: float = 0.1  # share of images that keep only some of their coarse scales
+    restart_every: int = 100  # steps between restarts of codes nobody picks; 0 turns them off
+    restart_until: float = 0.7  # share of the steps after which codes are left alone
+    ema_decay: float = 0.999  # of the weights that are saved
+    flip: bool = True  # mirror images at random; a tokenizer may, whatever the pictures say
+    shift: int = 4  # pixels an image is moved at most, its border repeated
+    precision: str = "auto"  # auto, fp32, bf16 or fp16
+    compile: bool | None = None  # torch.compile; None decides by device
+    seed: int = 0  # of weights, order, augmentation and restarts
+    log_every: int = 50  # steps between log lines
+    eval_every: int = 1000  # steps between validations and pictures; 0 turns them off
+    save_every: int = 1000  # steps between checkpoints
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size) < 1:
+            raise ConfigError("steps and batch_size must be at least 1")
+        if not 0 <= self.adversarial_start <= 1 or not 0 <= self.scale_dropout <= 1:
+            raise ConfigError("adversarial_start and scale_dropout are shares between 0 and 1")
+
+
+class TokenizerObjective(nn.Module):
+    """Everything one step of tokenizer training needs besides optimizers: the tokenizer, its judges, and their losses."""
+
+    def __init__(self, config: TokenizerTrainConfig, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.device, self.dtype = config, device, dtype
+        self.tokenizer = VQVAE(config.tokenizer)
+        self.discriminator = PatchDiscriminator() if config.adversarial_weight else None
+        self.lecam = LeCamPenalty()
+        self.perceptual = PerceptualLoss() if config.perceptual_weight else None
+        self.to(device)
+        compiled = config.compile if config.compile is not None else device.type == "cuda"
+        self.run_tokenizer = torch.compile(self.tokenizer) if compiled else self.tokenizer
+        self.run_perceptual = torch.compile(self.perceptual) if compiled and self.perceptual else self.perceptual
+
+    def backward_tokenizer(
+        self, images: Tensor, num_kept_B: Tensor, adversarial_share: float, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Add one batch's gradients to the tokenizer's parameters.
+
+        images: (B, 3, H, W) in [-1, 1]. adversarial_share: size of the discriminator's gradient on the reconstruction
+        as a share of the content losses' (VQGAN, arXiv:2012.09841, Eq. 7, measured at the picture instead of the last
+        layer, which needs no second pass). Returns (numbers for the log, reconstructions, codes).
+        """
+        with autocast(self.device, self.dtype):
+            reconstructions, quantizer_loss, codes = self.run_tokenizer(images, num_kept_B)
+        leaf = reconstructions.detach().float().requires_grad_()
+        pixel = pixel_loss(images, leaf)
+        content, numbers = pixel, {"pixel_loss": pixel.detach(), "quantizer_loss": quantizer_loss.detach()}
+        if self.run_perceptual is not None:
+            with autocast(self.device, self.dtype):
+                perceptual = self.run_perceptual(images, leaf)
+            content = content + self.config.perceptual_weight * perceptual
+            numbers["perceptual_loss"] = perceptual.detach()
+        (gradient,) = torch.autograd.grad(content, leaf)
+        if adversarial_share > 0:
+            with autocast(self.device, self.dtype):
+                adversarial = generator_loss(self.discriminator(augment_pair(images, leaf, generator)[1]))
+            (push,) = torch.autograd.grad(adversarial, leaf)
+            gradient = gradient + push * (adversarial_share * gradient.norm() / (push.norm() + 1e-8))
+            numbers["adversarial_loss"] = adversarial.detach()
+        torch.autograd.backward(
+            [reconstructions, quantizer_loss * self.config.quantizer_weight], [gradient.to(reconstructions.dtype), None]
+        )
+        return numbers, leaf.detach(), codes
+
+    def backward_discriminator(
+        self, images: Tensor, reconstructions: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Add one batch's gradients to the discriminator's parameters; return numbers for the log."""
+        real, fake = augment_pair(images, reconstructions, generator)
+        with autocast(self.device, self.dtype):
+            real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).float().chunk(2)
+        loss = discriminator_loss(real_logits, fake_logits)
+        (loss + self.config.lecam_weight * self.lecam(real_logits, fake_logits)).backward()
+        return {"discriminator_loss": loss.detach()}
+
+
+def adversarial_share(step: int, config: TokenizerTrainConfig) -> float:
+    """How strongly the discriminator is heard at `step`: 0 until its start, then a linear rise over 5 % of the steps."""
+    start = config.adversarial_start * config.steps
+    if not config.adversarial_weight or step < start:
+        return 0.0
+    return config.adversarial_weight * min(1.0, (step - start) / max(0.05 * config.steps, 1))
+
+
+def augment(images_u8: Tensor, config: TokenizerTrainConfig, generator: torch.Generator) -> Tensor:
+    """Mirror and shift uint8 images (B, 3, H, W) at random by whole pixels; returns floats in [-1, 1]."""
+    batch, _, height, width = images_u8.shape
+    device = images_u8.device
+
+    def offsets() -> Tensor:
+        return torch.randint(-config.shift, config.shift + 1, (batch, 1), generator=generator, device=device)
+
+    rows = (torch.arange(height, device=device) + offsets()).clamp(0, height - 1)
+    columns = (torch.arange(width, device=device) + offsets()).clamp(0, width - 1)
+    if config.flip:
+        mirrored = torch.rand(batch, 1, generator=generator, device=device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    picks = torch.arange(batch, device=device).view(batch, 1, 1)
+    moved = images_u8.permute(0, 2, 3, 1)[picks, rows.unsqueeze(2), columns.unsqueeze(1)]
+    return moved.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def draw_kept_scales(
+    batch: int, config: TokenizerTrainConfig, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """Draw how many coarse scales each image keeps: all K, or for a share of them a uniform number in [1, K - 1]."""
+    num_scales = config.tokenizer.scales.num_scales
+    some = torch.randint(1, max(num_scales, 2), (batch,), generator=generator, device=device)
+    dropped = torch.rand(batch, generator=generator, device=device) < config.scale_dropout
+    return torch.where(dropped & (num_scales > 1), some, num_scales)
