@@ -26,11 +26,14 @@ class TrainPlan:
     device: str  # where it runs
     precision: str  # of matrix products
     is_compiled: bool  # whether torch.compile is used
-    num_parameters: int  # weights of the transformer
+    depth: int  # blocks of the transformer
+    width: int  # its channels
+    num_parameters: int  # its weights
     tokens_per_image: int  # L
     num_images: int  # to train on
     num_views: int  # stored views of an image, at most
     num_validation: int  # rows to validate on; 0 is none
+    num_classes: int  # without the row for no class
     start_step: int  # optimizer steps done by an earlier run
     steps: int  # optimizer steps of the whole run
     batch_size: int  # images a step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,18 +113,20 @@ def resolve(
     device_type: str,
     precision: str,
     stored: Mapping[str, Any] | None = None,
+    given: Collection[str] | None = None,
 ) -> TrainConfig:
     """Fill in what `config` leaves open; only micro_batch_size and compile may stay None.
 
-    stored: the config a resumed run was begun with: what is open now is what it was then. Raises ConfigError if the
-    result does not fit together.
+    stored: the config a resumed run was begun with: what is open now is what it was then. given: names of settings that
+    are not open; None takes those that differ from the defaults. Raises ConfigError if the result does not fit together.
     """
     if stored is not None:
-        known = {field.name for field in dataclasses.fields(TrainConfig)}
-        given = configs.to_dict(config)
-        opened = {name for name, value in given.items() if value is None or (name, value) == ("precision", "auto")}
-        opened -= {"grad_clip", "eval_images"} | ({"steps"} if config.epochs is not None else set())
-        config = configs.replace(config, {name: stored[name] for name in opened & known & set(stored)})
+        defaults, wanted = configs.to_dict(TrainConfig()), configs.to_dict(config)
+        fixed = {name for name in wanted if wanted[name] != defaults[name]} if given is None else set(given)
+        if "epochs" in fixed:
+            fixed.add("steps")
+        kept = {name: stored[name] for name in wanted if name in stored and name not in fixed}
+        config = configs.replace(config, kept)
     recipe = choose_recipe(config.depth, device_type)
     batch_size = config.batch_size or (
         min(recipe.batch_size, num_images) if recipe.max_steps is not None else recipe.batch_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ def train_transformer(
     tokenizer: Path | str | None = None,
     device: str = "auto",
     resume: str = "auto",
+    given: Collection[str] | None = None,
     on_step: OnStep = ignore,
     on_plan: OnPlan | None = None,
     on_samples: OnSamples | None = None,
@@ -60,8 +61,9 @@ def train_transformer(
     """Train a transformer on a codes cache, into a run folder that can be sampled from; go on with a run begun there.
 
     codes: written by `varcli tokenize`. tokenizer: the one that wrote them, None looks for it by its fingerprint.
-    resume: "auto", "last-good" after damage, or "never". on_plan: told once, before the first step. on_samples: draws
-    the picture for samples/. Sets torch's random seed.
+    resume: "auto", "last-good" after damage, or "never". given: names of settings that a resumed run must have been begun
+    with, None means those that are not at their defaults; it keeps the others. on_plan: told once, before the first step.
+    on_samples: draws the picture for samples/. Sets torch's random seed.
     Raises ArtifactError or IntegrityError for codes, tokenizer or checkpoints that are not whole or do not belong
     together, ConfigError for settings that cannot be or differ from the run's, and what `run_training` raises.
     """
@@ -78,6 +80,7 @@ def train_transformer(
             device_type=where.type,
             precision=_precision_name(resolve_precision(config.precision, where)),
             stored=run.config,
+            given=given,
         )
         inputs = {"codes": cache.manifest.digest, "tokenizer": cache.tokenizer}
         run.settle(KIND, configs.to_dict(config), inputs, FREE)

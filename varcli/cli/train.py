@@ -1,0 +1,151 @@
+"""`varcli train`: a transformer from a codes cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from varcli.cli import console
+from varcli.cli.options import ConfigFileOption, DeviceOption, JsonOption, SetOption
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from varcli.training.plan import TrainPlan
+    from varcli.training.trainer import SampleRequest
+
+_GRID_CLASSES, _GRID_COLUMNS = 10, 4  # of the pictures drawn while training
+
+
+def train(
+    codes: Annotated[Path, Argument(help="Codes cache written by `varcli tokenize`.")] = Path("codes"),
+    depth: Annotated[
+        int | None,
+        Option(
+            "--depth", help="Blocks; sets width, heads and recipe. 16, 20, 24, 30, 36 are the paper's. Default: 16."
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, Option("--name", help="Name of the run below runs/; default: d and the depth.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, Option("--out", "-o", help="Run folder, in place of a name below runs/.", show_default=False)
+    ] = None,
+    steps: Annotated[int | None, Option("--steps", help="Optimizer steps; default: the recipe's epochs.")] = None,
+    epochs: Annotated[float | None, Option("--epochs", help="Passes over the images, in place of --steps.")] = None,
+    batch_size: Annotated[int | None, Option("--batch-size", help="Images a step; default: the recipe's.")] = None,
+    lr: Annotated[float | None, Option("--lr", help="Peak learning rate; default: the recipe's.")] = None,
+    seed: Annotated[int | None, Option("--seed", help="Seed of everything random; default: 0.")] = None,
+    config: ConfigFileOption = None,
+    set_: SetOption = None,
+    tokenizer: Annotated[
+        str | None,
+        Option(
+            "--tokenizer",
+            help="Tokenizer, model or run folder that wrote the codes; default: found by its fingerprint.",
+            show_default=False,
+        ),
+    ] = None,
+    device: DeviceOption = "auto",
+    precision: Annotated[
+        str | None,
+        Option("--precision", help="fp32, bf16 or fp16; default: bf16 on CUDA, fp32 elsewhere.", show_default=False),
+    ] = None,
+    resume: Annotated[
+        str, Option("--resume", help="auto goes on with what the run folder holds; last-good after damage; never.")
+    ] = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Train a transformer on a codes cache.
+
+    Run again, it goes on from the last checkpoint, with the settings it was
+    begun with. The run folder can be sampled from at any time. Ctrl-C saves
+    and stops. All settings: TrainConfig in varcli/training/settings.py.
+    """
+    from varcli import config as configs
+    from varcli.errors import ConfigError
+    from varcli.training import TrainConfig, train_transformer
+
+    if name is not None and out is not None:
+        raise ConfigError("`--name` and `--out` both say where the run goes", "give one of them")
+    options = {
+        "depth": depth,
+        "steps": steps,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": lr,
+        "seed": seed,
+        "precision": precision,
+    }
+    values = configs.read_toml(config) if config else {}
+    values |= configs.parse_assignments(set_ or [])
+    values |= {key: value for key, value in options.items() if value is not None}
+    settings = configs.from_dict(TrainConfig, values)
+    folder = out or Path("runs") / (name or f"d{settings.depth}")
+    result = train_transformer(
+        codes,
+        folder,
+        settings,
+        tokenizer=tokenizer,
+        device=device,
+        resume=resume,
+        given=values.keys(),
+        on_step=console.progress("training"),
+        on_plan=lambda plan: console.note(describe_plan(plan, folder)),
+        on_samples=_grid_drawer(),
+    )
+    value = {
+        "folder": str(result.folder),
+        "steps": result.step,
+        "seconds": round(result.seconds, 1),
+        "parameters": result.num_parameters,
+        "train": result.values,
+        "validation": result.validation,
+        "best": result.best,
+    }
+    text = f"{folder}  {result.step:,} steps in {console.format_seconds(result.seconds)}"
+    if result.best:
+        text += f", validation loss {result.best['loss']:.4g} at its best, after step {result.best['step']:,}"
+    console.report(value, json, text)
+    if not json:
+        console.note(f"next: varcli sample --model {folder}")
+
+
+def describe_plan(plan: TrainPlan, folder: Path) -> str:
+    """Write what a run will take as a few lines for people."""
+    views = f" x {plan.num_views} views" if plan.num_views > 1 else ""
+    pieces = f", {plan.micro_batch_size} at a time" if plan.micro_batch_size < plan.batch_size else ""
+    compiled = ", compiled" if plan.is_compiled else ""
+    left = plan.steps - plan.start_step
+    lines = [
+        f"run       {folder}{f', going on from step {plan.start_step:,}' if plan.start_step else ''}",
+        f"model     depth {plan.depth}, width {plan.width}: {plan.num_parameters:,} parameters, "
+        f"{plan.tokens_per_image:,} tokens an image",
+        f"data      {plan.num_images:,} images{views} in {plan.num_classes:,} classes, {plan.num_validation:,} held out",
+        f"training  {plan.steps:,} steps of {plan.batch_size:,} images{pieces} = {plan.epochs:.3g} epochs, "
+        f"peak lr {plan.learning_rate:.3g}, recipe: {plan.recipe}",
+        f"needs     about {_format_bytes(plan.memory_bytes)} on {plan.device} ({plan.precision}{compiled}) and "
+        f"{console.format_seconds(plan.seconds)} for {left:,} steps",
+    ]
+    return "\n".join([*lines, *(f"note      {note}" for note in plan.notes)])
+
+
+def _format_bytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(1, round(count / 2**20))} MiB"
+
+
+def _grid_drawer() -> Any:
+    """Return the hook that draws a few images of a few classes while training goes on."""
+
+    def draw(request: SampleRequest) -> Image:
+        from varcli.data.samples import make_grid
+        from varcli.sampling import Generator
+
+        names = request.classes[:: -(-len(request.classes) // _GRID_CLASSES)]
+        classes = [name for name in names for _ in range(_GRID_COLUMNS)]
+        generator = Generator(request.tokenizer, request.transformer, classes=request.classes)
+        return make_grid(generator.sample(classes), columns=_GRID_COLUMNS)
+
+    return draw
