@@ -21,7 +21,7 @@ from varcli.training.ema import Ema
 from varcli.training.loop import Trainer
 from varcli.training.objective import NUMBERS, Objective
 from varcli.training.optim import LossScale, Updater, build_adamw
-from varcli.training.plan import TrainPlan, activation_bytes, fit_micro_batch, state_bytes, time_once
+from varcli.training.plan import TrainPlan, activation_bytes, fit_micro_batch, process_bytes, state_bytes, time_once
 from varcli.training.recipes import choose_recipe
 from varcli.training.settings import TrainConfig
 from varcli.training.source import CodesSource
@@ -219,10 +219,9 @@ class TransformerTrainer(Trainer):
                 try_out()
             seconds = time_once(try_out, self.device)
         self.updater.optimizer.zero_grad(set_to_none=True)
-        if on_cuda:  # the moments come with the first step
-            memory_bytes = torch.cuda.max_memory_allocated(self.device) + 8 * self.model.num_parameters
-        else:
-            memory_bytes = self._fixed_bytes() + self.micro_batch_size * self._image_bytes()
+        memory_bytes = torch.cuda.max_memory_allocated(self.device) if on_cuda else process_bytes()
+        memory_bytes += 8 * self.model.num_parameters  # the moments come with the first step
+        memory_bytes += (self.micro_batch_size - images) * self._image_bytes()
         steps_left = self.config.steps - start_step
         return TrainPlan(
             recipe=choose_recipe(self.config.depth, self.device.type).name,
