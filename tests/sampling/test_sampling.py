@@ -1,0 +1,102 @@
+"""Laws of sampling: truncation and draw as defined, noise that belongs to its image, pictures that repeat."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from varcli.errors import ArtifactError, ConfigError, DataError
+from varcli.sampling import Generator, SampleConfig
+from varcli.sampling.logits import draw, guide, truncate
+from varcli.sampling.noise import KeyedNoise
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def generator(tiny_tokenizer, tiny_transformer):
+    return Generator(tiny_tokenizer, tiny_transformer, ("apple", "boat", "cat"))
+
+
+def test_guidance_of_zero_is_none():
+    wanted, unwanted = torch.randn(2, 1, 3, 5)
+    assert torch.equal(guide(wanted, unwanted, 0.0), wanted)
+
+
+def test_top_k_keeps_ties_and_top_p_keeps_the_likeliest():
+    logits = torch.tensor([[[3.0, 1.0, 1.0, 0.0]]])
+    assert truncate(logits, top_k=2).isinf().tolist() == [[[False, False, False, True]]]
+    assert truncate(logits, top_p=1e-9).isinf().tolist() == [[[False, True, True, True]]]
+    probabilities = torch.tensor([[[0.5, 0.3, 0.15, 0.05]]])
+    assert truncate(probabilities.log(), top_p=0.78).isinf().tolist() == [[[False, False, True, True]]]
+
+
+def test_noise_is_exponential_and_differs_by_every_key():
+    noise = KeyedNoise(0, [1, 1, 2], [0, 1, 0], CPU)(3, 0, 50, 400)
+    assert noise.min() > 0
+    assert noise.mean().item() == pytest.approx(1, abs=0.02)
+    assert noise.var().item() == pytest.approx(1, abs=0.05)
+    below = [(noise < -math.log(1 - share)).float().mean().item() for share in (0.1, 0.5, 0.9)]
+    assert below == pytest.approx([0.1, 0.5, 0.9], abs=0.01)
+    flat = [*noise.flatten(1), *KeyedNoise(0, [1], [0], CPU)(2, 0, 50, 400).flatten(1)]
+    flat += [
+        *KeyedNoise(1, [1], [0], CPU)(3, 0, 50, 400).flatten(1),
+        *KeyedNoise(0, [1], [0], CPU)(3, 1, 50, 400).flatten(1),
+    ]
+    correlations = torch.corrcoef(torch.stack(flat)) - torch.eye(len(flat))
+    assert correlations.abs().max() < 0.04  # 5 standard errors of 20,000 pairs
+
+
+def test_draws_follow_the_truncated_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -8.0]).expand(1, 1, -1)
+    kept = truncate(logits, top_k=4, top_p=0.9)
+    count = 20_000
+    noise = KeyedNoise(5, range(count), [0] * count, CPU)(0, 0, 1, 6)
+    picks = draw(kept.expand(count, -1, -1), noise).flatten().bincount(minlength=6)
+    expected = kept.flatten().softmax(0) * count
+    assert picks[expected == 0].sum() == 0
+    chi_square = ((picks - expected)[expected > 0].square() / expected[expected > 0]).sum()
+    assert chi_square < 20  # 3 degrees of freedom: exceeded once in 6,000
+
+
+def test_an_image_does_not_depend_on_its_batch(generator):
+    classes = [0, 1, 2, 0, 1, 2, 0]
+    together = generator.sample(classes, batch_size=7)
+    for size in (1, 3):
+        assert torch.equal(generator.sample(classes, batch_size=size), together)
+    alone = generator.sample(["apple"], indices=[2])
+    assert torch.equal(alone[0], together[6])
+    assert not torch.equal(together[0], together[3])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"cfg": 0.0}, {"smooth": True}, {"cfg_schedule": "constant"}, {"top_k": None, "top_p": None}]
+)
+def test_every_setting_draws_pictures_that_repeat(generator, settings):
+    config = SampleConfig(**settings)
+    images = generator.sample([0, 3], config=config)
+    assert images.dtype == torch.uint8
+    assert images.shape == (2, 3, 32, 32)
+    assert torch.equal(images, generator.sample([0, 3], config=config))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"cfg": -1}, {"cfg": math.nan}, {"top_p": 1.5}, {"top_p": 0}, {"top_k": 0}, {"cfg_schedule": "x"}]
+)
+def test_settings_that_cannot_be_are_refused(settings):
+    with pytest.raises(ConfigError):
+        SampleConfig(**settings)
+
+
+def test_unknown_classes_and_foreign_tokenizers_are_refused(generator, tiny_transformer):
+    with pytest.raises(DataError, match="207"):
+        generator.sample([207])
+    with pytest.raises(ConfigError, match="nothing to sample"):
+        generator.sample([])
+    from varcli.tokenizer import VQVAE, TokenizerConfig
+
+    other = TokenizerConfig(patch_nums=(1, 4), vocab_size=16, code_channels=8, width=32, channel_multipliers=(1,))
+    with pytest.raises(ArtifactError, match="predicts steps"):
+        Generator(VQVAE(other), tiny_transformer)

@@ -1,0 +1,5 @@
+"""Codes and pictures drawn from a trained transformer, step by step."""
+
+from varcli.sampling.generator import Generator, SampleConfig
+
+__all__ = ["Generator", "SampleConfig"]

@@ -1,0 +1,169 @@
+"""Pictures from a tokenizer and a transformer that belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from varcli.data.classes import ClassNames
+from varcli.devices import autocast, resolve_device, resolve_precision
+from varcli.errors import ArtifactError, ConfigError, unknown_name
+from varcli.order import ORDERS
+from varcli.sampling.logits import CFG_SCHEDULES, draw, guide, smooth_vectors, truncate
+from varcli.sampling.models import find_model
+from varcli.sampling.noise import KeyedNoise, Noise
+from varcli.tokenizer import VQVAE
+from varcli.tokenizer.store import load_tokenizer
+from varcli.transformer import Transformer
+from varcli.transformer.store import load_transformer
+
+_MAX_NOISE = 2**26  # numbers of one step's noise: bounds what a batch takes besides the model
+_STREAM_CODES, _STREAM_SMOOTH = 0, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How codes are drawn. The defaults are those of the paper's FIDs."""
+
+    cfg: float = 1.5  # classifier-free guidance in VAR's convention: 0 is none
+    cfg_schedule: str = "linear"  # how guidance grows with the steps; a name of CFG_SCHEDULES
+    top_k: int | None = 900  # codes a draw may choose from; None is off
+    top_p: float | None = 0.96  # probability those of them keep; None is off
+    smooth: bool = False  # blend code vectors instead of picking one; nicer to look at, never for a metric
+    seed: int = 0  # image i of a class depends on (seed, class, i) alone
+    precision: str = "auto"  # auto, fp32, bf16 or fp16
+
+    def __post_init__(self) -> None:
+        if self.cfg_schedule not in CFG_SCHEDULES:
+            raise unknown_name("guidance schedule", self.cfg_schedule, CFG_SCHEDULES)
+        if not self.cfg >= 0:
+            raise ConfigError(f"cfg must be 0 or more, but is {self.cfg}", "0 is no guidance, 1.5 the paper's, 4 vivid")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k must be at least 1, but is {self.top_k}", "leave it out to draw from all codes")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, but is {self.top_p}", "1 draws from all codes")
+
+
+class Generator:
+    """A transformer, the tokenizer its codes belong to, and the names of its classes.
+
+    Raises ArtifactError if the two do not fit together.
+    """
+
+    def __init__(
+        self, tokenizer: VQVAE, transformer: Transformer, classes: Sequence[str] | None = None, order: str = "scale"
+    ) -> None:
+        if order not in ORDERS:
+            raise unknown_name("order", order, ORDERS, ArtifactError)
+        self.tokenizer, self.transformer = tokenizer, transformer
+        self.order = ORDERS[order](tokenizer.quantizer)
+        config = transformer.config
+        mine = (tuple(config.step_lengths), config.vocab_size, config.code_channels)
+        wanted = (tuple(self.order.step_lengths), tokenizer.config.vocab_size, tokenizer.config.code_channels)
+        if mine != wanted:
+            raise ArtifactError(
+                f"the transformer predicts steps, codes and channels {mine}, but the tokenizer has {wanted}",
+                "use the tokenizer that its codes were written with",
+            )
+        self.classes = ClassNames.of(classes, config.num_classes)
+        self.device = next(transformer.parameters()).device
+
+    @classmethod
+    def load(cls, name: str | Path | None = None, device: str = "auto") -> Generator:
+        """Load a model or run by path or name; None takes the newest run in runs/, else the one that comes with varcli.
+
+        Raises ArtifactError if there is none, it is damaged, or tokenizer and transformer do not belong together.
+        """
+        folder, where = find_model(name).folder, resolve_device(device)
+        transformer, manifest = load_transformer(folder / "transformer", where)
+        tokenizer = load_tokenizer(folder / "tokenizer", where)
+        wanted, found = manifest.info.get("tokenizer"), tokenizer.fingerprint()
+        if wanted is not None and wanted != found:
+            raise ArtifactError(
+                f"the transformer in `{folder}` was trained on codes of tokenizer {wanted[:6]}, but the one beside it is "
+                f"{found[:6]}",
+                "put back the tokenizer it was trained with",
+            )
+        return cls(tokenizer, transformer, manifest.info.get("classes"), str(manifest.info.get("order", "scale")))
+
+    def sample(
+        self,
+        classes: Sequence[int | str],
+        indices: Sequence[int] | None = None,
+        config: SampleConfig | None = None,
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """Draw one image for each entry of `classes`: uint8 (n, 3, H, W) on the CPU.
+
+        classes: names or numbers; the number of classes itself stands for "no class". indices: which image of its class
+        each is; by default they count up. Equal (seed, class, index) give equal noise, whatever the batch.
+        Raises DataError for an unknown class, ConfigError for an empty list.
+        """
+        config = config or SampleConfig()
+        numbers = [self._resolve(entry) for entry in classes]
+        if not numbers:
+            raise ConfigError("there is nothing to sample", "ask for at least one image")
+        if indices is None:
+            indices = [numbers[:position].count(number) for position, number in enumerate(numbers)]
+        size = batch_size or self.default_batch_size
+        parts = []
+        for start in range(0, len(numbers), size):
+            batch, places = numbers[start : start + size], list(indices[start : start + size])
+            noise = KeyedNoise(config.seed, batch, places, self.device)
+            f_hat = self.generate(torch.tensor(batch, device=self.device), noise, config)
+            parts.append(self.decode(f_hat, config).cpu())
+        return torch.cat(parts)
+
+    @property
+    def default_batch_size(self) -> int:
+        """Images at a time whose noise fits a fixed budget: 24 at 256 px, 512 for small models."""
+        config = self.transformer.config
+        return max(1, min(512, _MAX_NOISE // (max(config.step_lengths) * config.vocab_size)))
+
+    @torch.no_grad()
+    def generate(self, labels_B: Tensor, noise: Noise, config: SampleConfig) -> Tensor:
+        """Draw the codes of a batch, step by step with cached keys and values; return f_hat (B, Z, h, w), float32."""
+        dtype = resolve_precision(config.precision, self.device)
+        batch, last = len(labels_B), max(len(self.order.step_lengths) - 1, 1)
+        rows = labels_B
+        if config.cfg:
+            rows = torch.cat((labels_B, torch.full_like(labels_B, self.transformer.config.num_classes)))
+        state, x_BlZ = self.order.start(batch, self.device), None
+        with autocast(self.device, dtype):
+            cache = self.transformer.start_cache(rows)
+            for step, length in enumerate(self.order.step_lengths):
+                progress = step / last
+                features = x_BlZ.repeat(len(rows) // batch, 1, 1) if x_BlZ is not None else None
+                logits = self.transformer.step(features, cache).float()
+                if config.cfg:
+                    logits = guide(*logits.split(batch), config.cfg * CFG_SCHEDULES[config.cfg_schedule](progress))
+                vectors = self._choose(truncate(logits, config.top_k, config.top_p), noise, step, length, config)
+                state, x_BlZ = self.order.advance(state, step, vectors)
+        return self.order.finish(state)
+
+    @torch.no_grad()
+    def decode(self, f_hat_BZhw: Tensor, config: SampleConfig | None = None) -> Tensor:
+        """Turn feature maps into uint8 images (B, 3, H, W), rounded to the nearest level."""
+        dtype = resolve_precision((config or SampleConfig()).precision, self.device)
+        with autocast(self.device, dtype):
+            images = self.tokenizer.decode(f_hat_BZhw)
+        return ((images.float() + 1) * 127.5).round().to(torch.uint8)
+
+    def _choose(self, logits_BlV: Tensor, noise: Noise, step: int, length: int, config: SampleConfig) -> Tensor:
+        """Return the vectors (B, l, Z) that one step adds."""
+        vocab_size = self.transformer.config.vocab_size
+        if config.smooth:
+            progress = step / max(len(self.order.step_lengths) - 1, 1)
+            codebook = self.tokenizer.quantizer.codebook.weight
+            with torch.autocast(self.device.type, enabled=False):
+                gumbel = noise(step, _STREAM_SMOOTH, length, vocab_size)
+                return smooth_vectors(logits_BlV, gumbel, codebook.float(), progress)
+        return self.order.lookup(draw(logits_BlV, noise(step, _STREAM_CODES, length, vocab_size)))
+
+    def _resolve(self, entry: int | str) -> int:
+        no_class = self.transformer.config.num_classes
+        return no_class if entry == no_class else self.classes.resolve(entry)

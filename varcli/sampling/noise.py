@@ -1,0 +1,59 @@
+"""Exp(1) noise that is a pure function of what it is for, so that an image does not depend on its batch or device.
+
+Each number is -log(u), u a hash of (seed, class, index, step, stream, position, code): splitmix64's finaliser in
+64-bit integers, which wrap the same everywhere. Source of the mixer: Steele et al., 2014, doi:10.1145/2660193.2660195.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+def _signed(value: int) -> int:
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+_GOLDEN, _MIX_1, _MIX_2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_MANTISSA = 24  # bits of u; float32 holds them exactly
+
+
+class Noise(Protocol):
+    """Where a generator takes its randomness from."""
+
+    def __call__(self, step: int, stream: int, length: int, vocab_size: int) -> Tensor:
+        """Exp(1) numbers (B, length, vocab_size), float32; stream 0 is for codes, 1 for smooth vectors."""
+
+
+class KeyedNoise:
+    """Noise of a batch of images, each known by (seed, class, index)."""
+
+    def __init__(self, seed: int, classes: Sequence[int], indices: Sequence[int], device: torch.device) -> None:
+        keys = torch.zeros(len(classes), dtype=torch.int64, device=device)
+        for part in ([seed] * len(classes), classes, indices):
+            values = torch.tensor([_signed(value) for value in part], dtype=torch.int64, device=device)
+            keys = _mix(keys + _GOLDEN + values)
+        self.keys_B = keys
+
+    def __call__(self, step: int, stream: int, length: int, vocab_size: int) -> Tensor:
+        """See `Noise`."""
+        keys = _mix(_mix(self.keys_B + _signed(_GOLDEN * (2 * step + stream + 1))))
+        counter = torch.arange(1, length * vocab_size + 1, dtype=torch.int64, device=keys.device)
+        bits = _mix(keys.unsqueeze(1) + counter * _GOLDEN)
+        uniform = (_shift(bits, 64 - _MANTISSA).float() + 0.5) / 2**_MANTISSA  # in (0, 1), never 0
+        return -uniform.log().view(-1, length, vocab_size)
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    """Shift right, filling with zeros: torch's own shift of int64 repeats the sign."""
+    return (value >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _mix(value: Tensor) -> Tensor:
+    value = (value ^ _shift(value, 30)) * _MIX_1
+    value = (value ^ _shift(value, 27)) * _MIX_2
+    return value ^ _shift(value, 31)
