@@ -17,10 +17,10 @@ from varcli.artifacts.write import write_bytes
 from varcli.data.codes import CodesCache
 from varcli.errors import ArtifactError, ConfigError, IntegrityError, InterruptedRun, MemoryLimitError
 from varcli.tokenizer import VQVAE
+from varcli.tokenizer.find import find_tokenizer
+from varcli.tokenizer.find import tokenizer_folder as resolve_tokenizer
 from varcli.tokenizer.store import load_tokenizer, save_tokenizer
 from varcli.training import TrainConfig, train_transformer
-from varcli.training.find import find_tokenizer
-from varcli.training.find import tokenizer_folder as resolve_tokenizer
 from varcli.training.runlog import read_log
 from varcli.training.source import CodesSource
 from varcli.training.trainer import TransformerTrainer

@@ -49,7 +49,6 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("demo:demo", "Start here"),
     "data": Command("data:data", "The pipeline"),
     "tokenize": Command("tokenize:tokenize", "The pipeline"),
     "train": Command("train:train", "The pipeline"),
@@ -59,7 +58,6 @@ COMMANDS = {
     "import": Command("import_:import_", "Models"),
     "export": Command("export:export", "Models"),
     "info": Command("info:info", "Models"),
-    "bench": Command("bench:bench", "Measure"),
 }
 
 

@@ -16,9 +16,9 @@ from varcli.data.codes import CodesCache, CodesSplit, require_tokenizer
 from varcli.devices import PRECISIONS, resolve_device, resolve_precision
 from varcli.errors import ArtifactError
 from varcli.progress import OnStep, Step, ignore
+from varcli.tokenizer.find import find_tokenizer, tokenizer_folder
 from varcli.tokenizer.store import KIND as TOKENIZER_KIND
 from varcli.tokenizer.store import load_tokenizer
-from varcli.training.find import find_tokenizer, tokenizer_folder
 from varcli.training.loop import run_training
 from varcli.training.plan import TrainPlan
 from varcli.training.run import copy_artifact, open_run

@@ -62,3 +62,16 @@ def _in_folder(place: Path) -> Path | None:
                 continue
             return folder
     return None
+
+
+def default_tokenizer() -> Path:
+    """Return the tokenizer that is used where none is named: the first in models/ or tokenizers/, else varcli's own.
+
+    Raises ArtifactError if there is none.
+    """
+    for folder in known_tokenizers():
+        return folder
+    raise ArtifactError(
+        "there is no tokenizer: models/, tokenizers/ and runs/ hold none, and this varcli comes without one",
+        "train one with `varcli train-tokenizer`, or import one with `varcli import`",
+    )

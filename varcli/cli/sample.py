@@ -1,0 +1,97 @@
+"""`varcli sample`: pictures from a trained transformer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from varcli.cli import console
+from varcli.cli.options import (
+    BatchSizeOption,
+    ClassesOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    PrecisionOption,
+    SeedOption,
+)
+
+
+def sample(
+    class_: ClassesOption = None,
+    n: Annotated[int | None, Option("--n", min=1, help="Images of each --class; default: 16.")] = None,
+    classes: Annotated[
+        str | None, Option("--classes", help="all, in place of --class: every class.", show_default=False)
+    ] = None,
+    per_class: Annotated[int | None, Option("--per-class", min=1, help="With --classes all; default: 4.")] = None,
+    out: OutOption = Path("samples"),
+    model: ModelOption = None,
+    cfg: Annotated[float, Option("--cfg", help="Guidance in VAR's convention: 0 is none.")] = 1.5,
+    cfg_schedule: Annotated[
+        str, Option("--cfg-schedule", help="linear, cosine or constant over the scales.")
+    ] = "linear",
+    top_k: Annotated[int | None, Option("--top-k", help="Draw from the k likeliest codes; 0 draws from all.")] = 900,
+    top_p: Annotated[float | None, Option("--top-p", help="Probability that the likeliest codes keep.")] = 0.96,
+    smooth: Annotated[bool, Option("--smooth", help="Blend codes: smoother pictures, not for metrics.")] = False,
+    npz: Annotated[bool, Option("--npz", help="Also write samples.npz, as evaluation suites read it.")] = False,
+    seed: SeedOption = 0,
+    batch_size: BatchSizeOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Draw images: a folder of PNGs and a grid. Run again, it draws only what is missing."""
+    from varcli.errors import ConfigError
+    from varcli.sampling import Generator, SampleConfig
+    from varcli.sampling.models import find_model
+    from varcli.sampling.write import sample_to_folder
+
+    if classes not in (None, "all"):
+        raise ConfigError(f"`--classes` takes `all`, but got `{classes}`", "name single classes with --class")
+    if classes and class_:
+        raise ConfigError("`--class` and `--classes` both say which classes to draw", "give one of them")
+    if top_k is not None and top_k < 0:
+        raise ConfigError(f"`--top-k` must be 0 or more, but is {top_k}")
+    config = SampleConfig(
+        cfg=cfg,
+        cfg_schedule=cfg_schedule,
+        top_k=top_k or None,
+        top_p=top_p,
+        smooth=smooth,
+        seed=seed,
+        precision=precision,
+    )
+    found = find_model(model)
+    console.note(f"model: {found.description}")
+    generator = Generator.load(found.folder, device)
+    if class_:
+        numbers = [generator.classes.resolve(name) for name in class_]
+        count, columns = n or 16, None
+    else:
+        numbers = list(range(len(generator.classes)))
+        count = per_class or n or 4
+        columns = count if count <= 16 else None
+    wanted = [(number, index) for number in dict.fromkeys(numbers) for index in range(count)]
+    result = sample_to_folder(
+        generator,
+        wanted,
+        out,
+        config,
+        model=str(found.folder.name),
+        batch_size=batch_size,
+        columns=columns,
+        npz=npz,
+        on_step=console.progress("sampling"),
+    )
+    value = {
+        "folder": str(result.folder),
+        "grid": str(result.grid),
+        "images": result.num_images,
+        "drawn": result.num_drawn,
+    }
+    console.report(value, json, f"{result.num_images:,} images in {result.folder}; look at {result.grid}")
+    if not json:
+        console.note(f"next: varcli eval {result.folder}")

@@ -1,0 +1,65 @@
+"""`varcli tokenize`: a codes cache from a folder of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from varcli.cli import console
+from varcli.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    JsonOption,
+    OutOption,
+    SeedOption,
+    TokenizerOption,
+    WorkersOption,
+)
+
+
+def tokenize(
+    images: Annotated[Path, Argument(help="Folder of images: class folders, with or without train/ and val/ above.")],
+    out: OutOption = Path("codes"),
+    tokenizer: TokenizerOption = None,
+    views: Annotated[int, Option("--views", min=1, help="Stored views of a training image.")] = 1,
+    seed: SeedOption = 0,
+    batch_size: BatchSizeOption = None,
+    workers: WorkersOption = None,
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Turn images into codes, once, so that training need not."""
+    from varcli.tokenizer.encode import tokenize as run
+    from varcli.tokenizer.find import default_tokenizer, tokenizer_folder
+
+    folder = tokenizer_folder(tokenizer) if tokenizer is not None else default_tokenizer()
+    console.note(f"tokenizer: {folder}")
+    result = run(
+        images,
+        out,
+        folder,
+        views=views,
+        seed=seed,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        on_step=console.progress("tokenizing"),
+    )
+    value = {
+        "folder": str(result.folder),
+        "images": result.num_images,
+        "rows": result.num_rows,
+        "skipped": result.num_skipped,
+        "converted": result.num_converted,
+        "classes": len(result.classes),
+    }
+    text = (
+        f"{result.num_rows:,} rows of codes from {result.num_images:,} images in {len(result.classes)} classes: {out}"
+    )
+    if result.num_skipped:
+        text += f"; {result.num_skipped} images were skipped, see {out}/manifest.json"
+    console.report(value, json, text)
+    if not json:
+        console.note(f"next: varcli train {out} --depth 16")

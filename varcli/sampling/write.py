@@ -1,0 +1,65 @@
+"""A folder of generated images: the core of `varcli sample`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from varcli import config as configs
+from varcli.data.samples import GRID_NAME, SamplesWriter
+from varcli.devices import resolve_precision
+from varcli.progress import OnStep, Step, ignore
+from varcli.sampling.generator import Generator, SampleConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleResult:
+    """What was written."""
+
+    folder: Path
+    grid: Path
+    num_images: int  # in the folder
+    num_drawn: int  # of them by this call; the others were there
+
+
+def sample_to_folder(
+    generator: Generator,
+    wanted: Sequence[tuple[int, int]],
+    out: Path,
+    config: SampleConfig | None = None,
+    *,
+    model: str = "",
+    reference: str | None = None,
+    batch_size: int | None = None,
+    columns: int | None = None,
+    npz: bool = False,
+    on_step: OnStep = ignore,
+) -> SampleResult:
+    """Draw images into `out`, as PNGs with a grid and a manifest; a rerun draws only what is missing.
+
+    wanted: (class index, index within the class) of each image. model: how the model is called, for the manifest.
+    reference: what `varcli eval` shall measure against. npz: also write the array that evaluation suites read.
+    Raises ConfigError if `out` holds samples made with other settings, ArtifactError if it cannot be written.
+    """
+    config = config or SampleConfig()
+    precision = str(resolve_precision(config.precision, generator.device)).removeprefix("torch.")
+    settings = {**configs.to_dict(config), "precision": precision, "tokenizer": generator.tokenizer.fingerprint()}
+    settings |= {"model": model, "classes": list(generator.classes.names)}
+    info = {
+        "image_size": generator.tokenizer.config.image_size,
+        "guidance": "(1 + t) * cond - t * uncond",
+        **({"reference": reference} if reference else {}),
+    }
+    size = batch_size or generator.default_batch_size
+    with SamplesWriter(out, settings) as writer:
+        missing = writer.missing(wanted)
+        for start in range(0, len(missing), size):
+            batch = missing[start : start + size]
+            classes, indices = zip(*batch, strict=True)
+            images = generator.sample(classes, indices, config, batch_size=size)
+            for (class_index, index), image in zip(batch, images, strict=True):
+                writer.write(class_index, index, image)
+            on_step(Step(start + len(batch), len(missing), unit="images"))
+        writer.finish(wanted, info, columns=columns, npz=npz)
+    return SampleResult(folder=Path(out), grid=Path(out) / GRID_NAME, num_images=len(wanted), num_drawn=len(missing))
