@@ -238,6 +238,13 @@ def test_running_out_of_memory_says_what_to_change(tmp_path, codes, tokenizer_fo
     assert "micro_batch_size=4" in caught.value.hint
 
 
+def test_a_disk_too_small_for_the_checkpoints_is_said_before_training(tmp_path, codes, tokenizer_folder, monkeypatch):
+    monkeypatch.setattr(TransformerTrainer, "checkpoint_bytes", lambda self: 10**15)
+    monkeypatch.setattr(TransformerTrainer, "train_step", None)
+    with pytest.raises(ArtifactError, match="MB are needed"):
+        train(codes, tmp_path / "run", tokenizer_folder)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_and_resumes(tmp_path, codes, tokenizer_folder, precision):
     config = replace(TINY, precision=precision, steps=6, dropout=0.0, drop_path=0.0)

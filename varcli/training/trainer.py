@@ -246,6 +246,10 @@ class TransformerTrainer(Trainer):
             notes=self._notes(),
         )
 
+    def checkpoint_bytes(self) -> int:
+        """Size of one checkpoint: weights, two moments, and the average."""
+        return self.model.num_parameters * (16 if self.average is not None else 12)
+
     def _notes(self) -> tuple[str, ...]:
         notes = []
         if self.validation is None:

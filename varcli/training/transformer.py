@@ -12,6 +12,7 @@ import torch
 
 from varcli import config as configs
 from varcli.artifacts.verify import read_manifest, verify_folder
+from varcli.artifacts.write import prepare_folder
 from varcli.data.codes import CodesCache, CodesSplit, require_tokenizer
 from varcli.devices import PRECISIONS, resolve_device, resolve_precision
 from varcli.errors import ArtifactError
@@ -100,6 +101,8 @@ def train_transformer(
         if is_finished:
             on_step(Step(config.steps, config.steps, message=f"`{out}` has all its {config.steps:,} steps already"))
         else:
+            num_saves = config.keep_checkpoints + 1 if run.checkpoint is None else 1
+            prepare_folder(run.path, need_bytes=num_saves * trainer.checkpoint_bytes())
             plan = trainer.prepare(run.step)
             if on_plan is not None:
                 on_plan(plan)
