@@ -32,7 +32,7 @@ def place(tmp_path: Path, tiny_tokenizer, monkeypatch) -> Path:
 
 
 def train(*arguments: str):
-    return runner.invoke(app, ["train", *arguments, *QUICK])
+    return runner.invoke(app, ["train", *QUICK, *arguments])
 
 
 def test_a_run_is_planned_trained_and_reported(place):
@@ -44,6 +44,13 @@ def test_a_run_is_planned_trained_and_reported(place):
     assert (value["folder"], value["steps"]) == ("runs/d2", 6)
     assert value["validation"]["loss"] == value["best"]["loss"]
     assert (place / "runs" / "d2" / "transformer" / "manifest.json").is_file()
+
+
+def test_pictures_are_drawn_on_the_way_and_at_the_end(place):
+    result = train("--depth", "2", "--steps", "5", "--set", "sample_every=2")
+    assert result.exit_code == 0, result.stderr
+    drawn = sorted(path.name for path in (place / "runs" / "d2" / "samples").iterdir())
+    assert drawn == ["step-0000002.png", "step-0000004.png", "step-0000005.png"]
 
 
 def test_run_again_it_goes_on_with_its_own_settings(place):

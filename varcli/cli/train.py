@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from varcli.training.plan import TrainPlan
     from varcli.training.trainer import SampleRequest
 
-_GRID_CLASSES, _GRID_COLUMNS = 10, 4  # of the pictures drawn while training
+_GRID_CLASSES = 10  # shown in the pictures drawn while training, one row each
 
 
 def train(
@@ -94,7 +94,7 @@ def train(
         given=values.keys(),
         on_step=console.progress("training"),
         on_plan=lambda plan: console.note(describe_plan(plan, folder)),
-        on_samples=_grid_drawer(),
+        on_samples=draw_grid,
     )
     value = {
         "folder": str(result.folder),
@@ -136,16 +136,13 @@ def _format_bytes(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(1, round(count / 2**20))} MiB"
 
 
-def _grid_drawer() -> Any:
-    """Return the hook that draws a few images of a few classes while training goes on."""
+def draw_grid(request: SampleRequest) -> Image:
+    """Draw a few images of a few classes, the same ones each time, while training goes on."""
+    from varcli.data.samples import make_grid
+    from varcli.sampling import Generator
 
-    def draw(request: SampleRequest) -> Image:
-        from varcli.data.samples import make_grid
-        from varcli.sampling import Generator
-
-        names = request.classes[:: -(-len(request.classes) // _GRID_CLASSES)]
-        classes = [name for name in names for _ in range(_GRID_COLUMNS)]
-        generator = Generator(request.tokenizer, request.transformer, classes=request.classes)
-        return make_grid(generator.sample(classes), columns=_GRID_COLUMNS)
-
-    return draw
+    generator = Generator(request.tokenizer, request.transformer, request.classes)
+    columns = 2 if generator.device.type == "cpu" else 4
+    count = len(request.classes)
+    rows = range(0, count, -(-count // _GRID_CLASSES))
+    return make_grid(generator.sample([row for row in rows for _ in range(columns)]), columns=columns)
