@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from varcli import config as configs
 from varcli.data.classes import ClassNames
 from varcli.devices import autocast, resolve_device, resolve_precision
 from varcli.errors import ArtifactError, ConfigError, unknown_name
@@ -96,14 +98,16 @@ class Generator:
         indices: Sequence[int] | None = None,
         config: SampleConfig | None = None,
         batch_size: int | None = None,
+        **settings: Any,
     ) -> Tensor:
         """Draw one image for each entry of `classes`: uint8 (n, 3, H, W) on the CPU.
 
         classes: names or numbers; the number of classes itself stands for "no class". indices: which image of its class
-        each is; by default they count up. Equal (seed, class, index) give equal noise, whatever the batch.
+        each is; by default they count up. settings: fields of
+        SampleConfig, e.g. cfg=2.0. Equal (seed, class, index) give equal noise, whatever the batch.
         Raises DataError for an unknown class, ConfigError for an empty list.
         """
-        config = config or SampleConfig()
+        config = configs.replace(config or SampleConfig(), settings)
         numbers = [self._resolve(entry) for entry in classes]
         if not numbers:
             raise ConfigError("there is nothing to sample", "ask for at least one image")
