@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from varcli.tokenizer import VQVAE
 from varcli.tokenizer.store import load_tokenizer
 from varcli.transformer import Transformer
 from varcli.transformer.store import load_transformer
+
+Choose = Callable[[int, Tensor], Tensor]
 
 _MAX_NOISE = 2**26  # numbers of one step's noise: bounds what a batch takes besides the model
 _STREAM_CODES, _STREAM_SMOOTH = 0, 1
@@ -128,9 +130,21 @@ class Generator:
         config = self.transformer.config
         return max(1, min(512, _MAX_NOISE // (max(config.step_lengths) * config.vocab_size)))
 
-    @torch.no_grad()
     def generate(self, labels_B: Tensor, noise: Noise, config: SampleConfig) -> Tensor:
-        """Draw the codes of a batch, step by step with cached keys and values; return f_hat (B, Z, h, w), float32."""
+        """Draw the codes of a batch of class numbers, step by step; return f_hat (B, Z, h, w), float32."""
+
+        def choose(step: int, logits_BlV: Tensor) -> Tensor:
+            return self._draw_vectors(truncate(logits_BlV, config.top_k, config.top_p), noise, step, config)
+
+        return self.walk(labels_B, choose, config)
+
+    @torch.no_grad()
+    def walk(self, labels_B: Tensor, choose: Choose, config: SampleConfig) -> Tensor:
+        """Go through every step with cached keys and values; return f_hat (B, Z, h, w), float32.
+
+        choose: from (step, guided logits (B, l, V), float32) to the vectors (B, l, Z) that the step adds. Whoever wants
+        to record logits, or to force some codes, does it there.
+        """
         dtype = resolve_precision(config.precision, self.device)
         batch, last = len(labels_B), max(len(self.order.step_lengths) - 1, 1)
         rows = labels_B
@@ -139,14 +153,13 @@ class Generator:
         state, x_BlZ = self.order.start(batch, self.device), None
         with autocast(self.device, dtype):
             cache = self.transformer.start_cache(rows)
-            for step, length in enumerate(self.order.step_lengths):
-                progress = step / last
+            for step in range(len(self.order.step_lengths)):
                 features = x_BlZ.repeat(len(rows) // batch, 1, 1) if x_BlZ is not None else None
                 logits = self.transformer.step(features, cache).float()
                 if config.cfg:
-                    logits = guide(*logits.split(batch), config.cfg * CFG_SCHEDULES[config.cfg_schedule](progress))
-                vectors = self._choose(truncate(logits, config.top_k, config.top_p), noise, step, length, config)
-                state, x_BlZ = self.order.advance(state, step, vectors)
+                    share = CFG_SCHEDULES[config.cfg_schedule](step / last)
+                    logits = guide(*logits.split(batch), config.cfg * share)
+                state, x_BlZ = self.order.advance(state, step, choose(step, logits))
         return self.order.finish(state)
 
     @torch.no_grad()
@@ -157,16 +170,15 @@ class Generator:
             images = self.tokenizer.decode(f_hat_BZhw)
         return ((images.float() + 1) * 127.5).round().to(torch.uint8)
 
-    def _choose(self, logits_BlV: Tensor, noise: Noise, step: int, length: int, config: SampleConfig) -> Tensor:
-        """Return the vectors (B, l, Z) that one step adds."""
-        vocab_size = self.transformer.config.vocab_size
-        if config.smooth:
-            progress = step / max(len(self.order.step_lengths) - 1, 1)
-            codebook = self.tokenizer.quantizer.codebook.weight
-            with torch.autocast(self.device.type, enabled=False):
-                gumbel = noise(step, _STREAM_SMOOTH, length, vocab_size)
-                return smooth_vectors(logits_BlV, gumbel, codebook.float(), progress)
-        return self.order.lookup(draw(logits_BlV, noise(step, _STREAM_CODES, length, vocab_size)))
+    def _draw_vectors(self, logits_BlV: Tensor, noise: Noise, step: int, config: SampleConfig) -> Tensor:
+        """Return the vectors (B, l, Z) of truncated logits."""
+        _, length, vocab_size = logits_BlV.shape
+        if not config.smooth:
+            return self.order.lookup(draw(logits_BlV, noise(step, _STREAM_CODES, length, vocab_size)))
+        progress = step / max(len(self.order.step_lengths) - 1, 1)
+        gumbel = noise(step, _STREAM_SMOOTH, length, vocab_size)
+        with torch.autocast(self.device.type, enabled=False):
+            return smooth_vectors(logits_BlV, gumbel, self.tokenizer.quantizer.codebook.weight.float(), progress)
 
     def _resolve(self, entry: int | str) -> int:
         no_class = self.transformer.config.num_classes
