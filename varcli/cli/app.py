@@ -58,6 +58,7 @@ COMMANDS = {
     "import": Command("import_:import_", "Models"),
     "export": Command("export:export", "Models"),
     "info": Command("info:info", "Models"),
+    "bench": Command("bench:bench", "Measure"),
 }
 
 
