@@ -97,7 +97,10 @@ def optimizer_tensors(optimizer: Optimizer, names: Mapping[int, str]) -> dict[st
 
 
 def load_optimizer(optimizer: Optimizer, names: Mapping[int, str], tensors: Mapping[str, Tensor], where: Path) -> None:
-    """Put back what `optimizer_tensors` returned. Raises ArtifactError if a parameter's state is missing or unknown."""
+    """Put back what `optimizer_tensors` returned; a parameter that never had a gradient has no state.
+
+    Raises ArtifactError if state is of another shape than its parameter, or belongs to none.
+    """
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         parameter, _, entry = key.rpartition("/")
@@ -106,13 +109,14 @@ def load_optimizer(optimizer: Optimizer, names: Mapping[int, str], tensors: Mapp
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if by_parameter:  # empty before the first step
         for parameter in order:
-            moments = by_parameter.get(names[id(parameter)])
-            if moments is None or any(t.ndim and t.shape != parameter.shape for t in moments.values()):
+            moments = by_parameter.get(names[id(parameter)], {})
+            if any(tensor.ndim and tensor.shape != parameter.shape for tensor in moments.values()):
                 raise ArtifactError(f"`{where}` holds no fitting optimizer state of `{names[id(parameter)]}`")
         unknown = sorted(set(by_parameter) - {names[id(parameter)] for parameter in order})
         if unknown:
             raise ArtifactError(f"`{where}` holds optimizer state of an unknown parameter `{unknown[0]}`")
-        state["state"] = {index: by_parameter[names[id(parameter)]] for index, parameter in enumerate(order)}
+        found = [by_parameter.get(names[id(parameter)]) for parameter in order]
+        state["state"] = {index: moments for index, moments in enumerate(found) if moments is not None}
     optimizer.load_state_dict(state)
 
 

@@ -1,0 +1,105 @@
+"""`varcli sample`: what it writes, that it resumes, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from varcli.artifacts.verify import read_manifest, verify_folder
+from varcli.cli.app import app
+from varcli.tokenizer.store import save_tokenizer
+from varcli.transformer.store import save_transformer
+
+
+@pytest.fixture
+def model(tiny_tokenizer, tiny_transformer, tmp_path):
+    folder = tmp_path / "models" / "tiny"
+    save_tokenizer(folder / "tokenizer", tiny_tokenizer)
+    info = {"tokenizer": tiny_tokenizer.fingerprint(), "patch_nums": [1, 2, 4], "order": "scale"}
+    save_transformer(folder / "transformer", tiny_transformer, {**info, "classes": ["apple", "boat", "cat"]})
+    return folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_class_gives_images_a_grid_an_array_and_a_manifest(model, tmp_path):
+    out = tmp_path / "out"
+    done = run(
+        "sample", "--model", model, "--class", "boat", "--n", 5, "--out", out, "--npz", "--json", "--device", "cpu"
+    )
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["images"] == 5
+    manifest = read_manifest(out, "samples")
+    assert verify_folder(out, manifest) == []
+    assert manifest.info["classes"] == ["apple", "boat", "cat"]
+    images = np.load(out / "samples.npz", allow_pickle=False)["arr_0"]
+    assert images.shape == (5, 32, 32, 3)
+    assert np.array_equal(np.asarray(Image.open(out / "0001-00003.png")), images[3])
+
+
+def test_a_rerun_draws_only_what_is_missing_and_the_same_again(model, tmp_path):
+    out = tmp_path / "out"
+    arguments = [
+        "sample",
+        "--model",
+        model,
+        "--classes",
+        "all",
+        "--per-class",
+        2,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    assert json.loads(run(*arguments).stdout)["drawn"] == 6
+    lost = out / "0002-00001.png"
+    before = lost.read_bytes()
+    lost.unlink()
+    assert json.loads(run(*arguments, "--batch-size", 1).stdout)["drawn"] == 1
+    assert lost.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--class", "aple"], "apple"),
+        (["--class", "207"], "207"),
+        (["--cfg", "-1"], "cfg"),
+        (["--top-p", "1.5"], "top_p"),
+        (["--top-k", "-3"], "top-k"),
+        (["--cfg-schedule", "sine"], "linear"),
+        (["--classes", "some"], "all"),
+        (["--classes", "all", "--class", "apple"], "one of them"),
+        (["--device", "cuda:99"], "cuda"),
+    ],
+)
+def test_bad_input_is_one_clear_error(model, tmp_path, arguments, said):
+    done = run("sample", "--model", model, "--out", tmp_path / "out", *arguments)
+    assert done.exit_code == 1
+    assert said in done.output
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_images_is_wrong_usage(model):
+    assert run("sample", "--model", model, "--n", 0).exit_code == 2
+
+
+def test_an_unknown_model_and_a_swapped_tokenizer_are_refused(model, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    unknown = run("sample", "--model", "tinny")
+    assert unknown.exit_code == 1
+    assert "tiny" in unknown.output
+    tiny_tokenizer.decoder.conv_out.bias.data += 1
+    save_tokenizer(model / "tokenizer", tiny_tokenizer)
+    swapped = run("sample", "--model", "tiny", "--device", "cpu")
+    assert swapped.exit_code == 1
+    assert "trained on codes of tokenizer" in swapped.output

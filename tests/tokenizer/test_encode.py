@@ -1,0 +1,67 @@
+"""A folder of images becomes the same codes however the work is cut up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from varcli.artifacts.verify import read_manifest
+from varcli.data.codes import CodesCache
+from varcli.data.images import decode_images, open_images
+from varcli.data.views import DecodeConfig
+from varcli.errors import ConfigError
+from varcli.tokenizer.encode import tokenize
+from varcli.tokenizer.find import tokenizer_folder
+from varcli.tokenizer.store import load_tokenizer, save_tokenizer
+
+
+@pytest.fixture
+def folder(tiny_tokenizer, tmp_path):
+    save_tokenizer(tmp_path / "tokenizer", tiny_tokenizer)
+    return tmp_path / "tokenizer"
+
+
+def test_cache_holds_what_the_tokenizer_makes_of_each_image(folder, tiny_images, tmp_path):
+    result = tokenize(tiny_images, tmp_path / "codes", folder, workers=0, device="cpu")
+    assert (result.num_images, result.num_rows, result.num_skipped) == (21, 21, 0)
+    cache, tokenizer = CodesCache.open(tmp_path / "codes"), load_tokenizer(folder)
+    assert cache.tokenizer == tokenizer.fingerprint()
+    tree = open_images(tiny_images)
+    for split in ("train", "val"):
+        codes, labels, _ = cache.load(split)
+        (batch,) = decode_images(tree, split, DecodeConfig(size=32, crop="none"), workers=0)
+        assert torch.equal(codes.long(), tokenizer.encode(batch.images.float() / 127.5 - 1))
+        assert labels.tolist() == batch.labels.tolist()
+
+
+def test_codes_do_not_depend_on_batch_or_workers(folder, tiny_images, tmp_path):
+    settings = [{"batch_size": 1, "workers": 0}, {"batch_size": 7, "workers": 0}, {"batch_size": 64, "workers": 2}]
+    digests = set()
+    for number, values in enumerate(settings):
+        tokenize(tiny_images, tmp_path / str(number), folder, views=3, device="cpu", **values)
+        digests.add(read_manifest(tmp_path / str(number), "codes").digest)
+    assert len(digests) == 1
+
+
+def test_views_are_stored_for_training_images_only(folder, tiny_images, tmp_path):
+    result = tokenize(tiny_images, tmp_path / "codes", folder, views=4, workers=0, device="cpu")
+    cache = CodesCache.open(tmp_path / "codes")
+    assert (cache.num_rows("train"), cache.num_rows("val")) == (60, 6)
+    assert result.num_rows == 66
+
+
+def test_a_rerun_changes_nothing_and_another_tokenizer_is_refused(folder, tiny_images, tiny_tokenizer, tmp_path):
+    out = tmp_path / "codes"
+    tokenize(tiny_images, out, folder, workers=0, device="cpu")
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.suffix == ".safetensors"}
+    tokenize(tiny_images, out, folder, workers=0, device="cpu")
+    assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.suffix == ".safetensors"}
+    with torch.no_grad():
+        tiny_tokenizer.encoder.conv_in.bias += 1
+    save_tokenizer(tmp_path / "other", tiny_tokenizer)
+    with pytest.raises(ConfigError):
+        tokenize(tiny_images, out, tmp_path / "other", workers=0, device="cpu")
+
+
+def test_the_tokenizer_that_comes_with_varcli_is_found_by_name():
+    assert load_tokenizer(tokenizer_folder("emoji64")).config.image_size == 64

@@ -1,0 +1,116 @@
+"""Training a tokenizer: it learns, it resumes exactly, it writes what other commands read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from varcli.artifacts.verify import read_json_lines
+from varcli.errors import ConfigError, DataError
+from varcli.progress import Step
+from varcli.tokenizer import TokenizerConfig
+from varcli.tokenizer.store import load_tokenizer
+from varcli.training.tokenizer import train_tokenizer
+from varcli.training.tokenizer_objective import (
+    TokenizerTrainConfig,
+    adversarial_share,
+    augment,
+    draw_kept_scales,
+)
+
+CPU = torch.device("cpu")
+
+
+def config(**changes) -> TokenizerTrainConfig:
+    tokenizer = TokenizerConfig(
+        patch_nums=(1, 2, 4),
+        vocab_size=16,
+        code_channels=8,
+        width=16,
+        channel_multipliers=(1, 1, 1, 1),
+        num_res_blocks=1,
+        norm_groups=4,
+    )
+    values = {
+        "tokenizer": tokenizer,
+        "steps": 8,
+        "batch_size": 4,
+        "warmup_steps": 2,
+        "learning_rate": 2e-3,
+        "perceptual_weight": 0.0,
+        "adversarial_start": 0.5,
+        "restart_every": 3,
+        "log_every": 1,
+        "eval_every": 8,
+        "save_every": 4,
+    }
+    return TokenizerTrainConfig(**{**values, **changes})
+
+
+class Stop(Exception):
+    pass
+
+
+def losses(folder) -> list[float]:
+    return [record["loss"] for record in read_json_lines(folder / "metrics.jsonl") if record["kind"] == "train"]
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tiny_images, tmp_path):
+    train_tokenizer(tiny_images, tmp_path / "whole", config(), device="cpu")
+
+    def stop(step: Step) -> None:
+        if step.unit == "steps" and step.done >= 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_tokenizer(tiny_images, tmp_path / "cut", config(), device="cpu", on_step=stop)
+    train_tokenizer(tiny_images, tmp_path / "cut", config(), device="cpu")
+    whole, cut = (load_tokenizer(tmp_path / name / "tokenizer") for name in ("whole", "cut"))
+    assert whole.fingerprint() == cut.fingerprint()
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_the_loss_falls_and_the_result_says_how_good_it_is(tiny_images, tmp_path):
+    result = train_tokenizer(tiny_images, tmp_path / "run", config(steps=60, eval_every=60, save_every=0), device="cpu")
+    found = losses(tmp_path / "run")
+    assert sum(found[-10:-5]) < 0.8 * sum(found[:5])
+    assert result.validation["psnr"] > 0
+    assert 0 < result.validation["codebook_used"] <= 1
+    assert (tmp_path / "run" / "samples" / "step-0000060.png").exists()
+
+
+def test_a_perceptual_loss_is_part_of_the_gradient(tiny_images, tmp_path):
+    train_tokenizer(tiny_images, tmp_path / "run", config(steps=2, perceptual_weight=0.5, eval_every=0), device="cpu")
+    (first, *_) = [r for r in read_json_lines(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    assert first["perceptual_loss"] > 0
+
+
+def test_fewer_images_than_a_batch_and_other_settings_are_refused(tiny_images, tmp_path):
+    with pytest.raises(DataError, match="fewer than one batch"):
+        train_tokenizer(tiny_images, tmp_path / "a", config(batch_size=100), device="cpu")
+    train_tokenizer(tiny_images, tmp_path / "b", config(steps=2, eval_every=0), device="cpu")
+    with pytest.raises(ConfigError, match="learning_rate"):
+        train_tokenizer(tiny_images, tmp_path / "b", config(steps=2, eval_every=0, learning_rate=1e-5), device="cpu")
+
+
+def test_the_discriminator_is_heard_late_and_softly():
+    settings = config(steps=100, adversarial_weight=0.2, adversarial_start=0.5)
+    assert adversarial_share(49, settings) == 0
+    assert adversarial_share(52, settings) == pytest.approx(0.2 * 2 / 5)
+    assert adversarial_share(60, settings) == 0.2
+
+
+def test_augmented_images_are_the_same_pixels_moved():
+    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    still = augment(images, config(shift=0, flip=False), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(still, images.float() / 127.5 - 1)
+    mirrored = augment(images, config(shift=0, flip=True), torch.Generator().manual_seed(1))
+    for before, after in zip(still, mirrored, strict=True):
+        assert torch.equal(after, before) or torch.equal(after, before.flip(2))
+
+
+def test_dropped_scales_leave_at_least_the_coarsest():
+    kept = draw_kept_scales(1000, config(scale_dropout=0.5), torch.Generator().manual_seed(0), CPU)
+    assert set(kept.tolist()) == {1, 2, 3}
+    assert (kept == 3).float().mean() == pytest.approx(0.5, abs=0.06)
+    assert (draw_kept_scales(50, config(scale_dropout=0.0), torch.Generator(), CPU) == 3).all()
