@@ -10,7 +10,7 @@ import torch
 from varcli.errors import ArtifactError, ConfigError, DataError
 from varcli.sampling import Generator, SampleConfig
 from varcli.sampling.logits import draw, guide, truncate
-from varcli.sampling.noise import KeyedNoise
+from varcli.sampling.noise import KeyedNoise, exponential
 
 CPU = torch.device("cpu")
 
@@ -47,6 +47,14 @@ def test_noise_is_exponential_and_differs_by_every_key():
     ]
     correlations = torch.corrcoef(torch.stack(flat)) - torch.eye(len(flat))
     assert correlations.abs().max() < 0.04  # 5 standard errors of 20,000 pairs
+
+
+def test_noise_of_the_most_extreme_bits_is_finite_and_above_zero():
+    # 24 bits and a half round up to u = 1: one number in 2^24 was 0, which made 1 % of smooth pictures black
+    noise = exponential(torch.tensor([0, -1, 2**63 - 1, -(2**63)]))
+    assert noise.isfinite().all()
+    assert (noise > 0).all()
+    assert noise.log().isfinite().all()
 
 
 def test_draws_follow_the_truncated_distribution():

@@ -19,7 +19,7 @@ def _signed(value: int) -> int:
 
 
 _GOLDEN, _MIX_1, _MIX_2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_MANTISSA = 24  # bits of u; float32 holds them exactly
+_BITS = 23  # of u: with the half that keeps it inside (0, 1) float32 holds it exactly, so u never rounds to 1
 
 
 class Noise(Protocol):
@@ -44,8 +44,12 @@ class KeyedNoise:
         keys = _mix(_mix(self.keys_B + _signed(_GOLDEN * (2 * step + stream + 1))))
         counter = torch.arange(1, length * vocab_size + 1, dtype=torch.int64, device=keys.device)
         bits = _mix(keys.unsqueeze(1) + counter * _GOLDEN)
-        uniform = (_shift(bits, 64 - _MANTISSA).float() + 0.5) / 2**_MANTISSA  # in (0, 1), never 0
-        return -uniform.log().view(-1, length, vocab_size)
+        return exponential(bits).view(-1, length, vocab_size)
+
+
+def exponential(bits: Tensor) -> Tensor:
+    """Turn random int64 into Exp(1) numbers, float32, from 6e-8 to 16.7: never 0, which a draw divides by."""
+    return -((_shift(bits, 64 - _BITS).float() + 0.5) / 2**_BITS).log()
 
 
 def _shift(value: Tensor, bits: int) -> Tensor:
