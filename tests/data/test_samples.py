@@ -11,6 +11,7 @@ from varcli.artifacts.manifest import MANIFEST_NAME
 from varcli.artifacts.verify import read_manifest, verify_folder
 from varcli.data.samples import (
     SamplesWriter,
+    choose_for_grid,
     list_images,
     make_grid,
     read_images,
@@ -116,6 +117,33 @@ def test_the_grid_has_every_image_in_its_place():
 def test_a_grid_of_something_else_is_refused(bad):
     with pytest.raises(ShapeError):
         make_grid(bad)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "per_class", "columns", "shape"),
+    [
+        (10, 32, None, (10, 8)),
+        (10, 4, None, (10, 4)),
+        (10, 32, 12, (10, 12)),
+        (3, 1, None, (1, 3)),
+        (100, 2, None, (16, 2)),
+        (1000, 1, None, (1, 64)),
+    ],
+)
+def test_a_grid_shows_every_class_in_a_row_of_its_own(num_classes, per_class, columns, shape):
+    pairs = [(number, index) for number in range(num_classes) for index in range(per_class)]
+    chosen, width = choose_for_grid(pairs, columns)
+    assert len(chosen) == shape[0] * shape[1]
+    assert set(chosen) <= set(pairs)
+    if per_class > 1:
+        assert width == shape[1]
+        assert all(chosen[place][0] == chosen[place - place % width][0] for place in range(len(chosen)))
+        assert len({number for number, _ in chosen}) == shape[0]
+
+
+def test_a_grid_of_one_class_shows_its_first_images():
+    pairs = [(3, index) for index in range(100)]
+    assert choose_for_grid(pairs) == (pairs[:64], None)
 
 
 @pytest.mark.parametrize("count", [2, 4])

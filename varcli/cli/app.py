@@ -49,6 +49,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "demo": Command("demo:demo", "Start here"),
     "data": Command("data:data", "The pipeline"),
     "tokenize": Command("tokenize:tokenize", "The pipeline"),
     "train": Command("train:train", "The pipeline"),

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -33,6 +33,7 @@ SAMPLES_KIND = "samples"
 GRID_NAME, NPZ_NAME = "grid.png", "samples.npz"
 _PLAN_NAME = ".plan.json"
 _SAMPLE = re.compile(r"(\d{4,})-(\d{5,})\.png")
+_GRID_IMAGES, _GRID_ROWS, _GRID_COLUMNS = 64, 16, 8
 _NPZ_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest a zip can hold: equal images give equal bytes
 
 
@@ -69,6 +70,27 @@ def make_grid(images: Tensor | np.ndarray, columns: int | None = None, padding: 
         at = (padding + column * (width + padding), padding + row * (height + padding))
         grid.paste(Image.fromarray(image.transpose(1, 2, 0)), at)
     return grid
+
+
+def choose_for_grid(
+    pairs: Sequence[tuple[int, int]], columns: int | None = None
+) -> tuple[list[tuple[int, int]], int | None]:
+    """Choose which samples a grid shows: the first of each class, a row a class; of one class the first 64.
+
+    pairs: (class index, index) of all. columns: images of a row, at most 8 by default. Of more than 16 classes 16 are
+    shown, spread evenly. Returns the choice, class by class, and its columns; None leaves them to `make_grid`.
+    """
+    by_class: dict[int, list[tuple[int, int]]] = {}
+    for pair in pairs:
+        by_class.setdefault(pair[0], []).append(pair)
+    rows = list(by_class.values())
+    width = min(columns or _GRID_COLUMNS, max(map(len, rows), default=0))
+    if len(rows) == 1 or width == 1:
+        return list(pairs)[:_GRID_IMAGES], columns
+    if len(rows) > _GRID_ROWS:
+        rows = [rows[round(place)] for place in np.linspace(0, len(rows) - 1, _GRID_ROWS)]
+    width = min(width, min(map(len, rows)))
+    return [pair for row in rows for pair in row[:width]], width
 
 
 def save_png(path: Path, image: Image.Image | Tensor | np.ndarray, durable: bool = True) -> None:
@@ -198,12 +220,12 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
         wanted: Iterable[tuple[int, int]],
         info: Mapping[str, Any] | None = None,
         columns: int | None = None,
-        grid_images: int = 64,
         npz: bool = False,
     ) -> Manifest:
-        """Write the grid of the first `grid_images`, the npz if asked for, and the manifest of all of `wanted`.
+        """Write the grid, the npz if asked for, and the manifest of all of `wanted`.
 
-        info: added to the settings in the manifest. Raises ArtifactError if an image is missing or cannot be read back.
+        columns: of the grid, see `choose_for_grid`. info: added to the settings in the manifest. Raises ArtifactError if
+        an image is missing or cannot be read back.
         """
         pairs = list(wanted)
         names = [sample_name(*pair) for pair in pairs]
@@ -212,7 +234,9 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
             raise ArtifactError(f"`{self.out}` lacks {lacking} of {len(names)} samples", "run the same command again")
         paths = [self.out / name for name in names]
         try:
-            first = np.concatenate([batch.numpy() for batch in read_images(paths[:grid_images])])
+            chosen, columns = choose_for_grid(pairs, columns)
+            shown = read_images(self.out / sample_name(*pair) for pair in chosen)
+            first = np.concatenate([batch.numpy() for batch in shown])
             save_png(self.out / GRID_NAME, make_grid(first, columns))
             if npz:
                 pixels = (image.numpy() for batch in read_images(paths) for image in batch)
