@@ -237,10 +237,11 @@ class TestComputeMetrics:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["lite0", "inception"])
 def test_features_of_a_gpu_are_those_of_the_cpu(name, tmp_path):
-    from varcli.metrics.inception_network import InceptionNetwork
-
     weights = None
     if name == "inception":
+        pytest.importorskip("torch_fidelity")
+        from varcli.metrics.inception_network import InceptionNetwork
+
         weights = tmp_path / "weights.pth"
         torch.save(golden_eval.formula_weights(InceptionNetwork().state_dict()), weights)
     source = from_tensor(torch.from_numpy(draw(8, seed=1, side=64)).permute(0, 3, 1, 2))

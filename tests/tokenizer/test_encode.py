@@ -11,7 +11,7 @@ from varcli.data.images import decode_images, open_images
 from varcli.data.views import DecodeConfig
 from varcli.errors import ConfigError
 from varcli.tokenizer.encode import tokenize
-from varcli.tokenizer.find import tokenizer_folder
+from varcli.tokenizer.find import default_tokenizer, tokenizer_folder
 from varcli.tokenizer.store import load_tokenizer, save_tokenizer
 
 
@@ -65,3 +65,11 @@ def test_a_rerun_changes_nothing_and_another_tokenizer_is_refused(folder, tiny_i
 
 def test_the_tokenizer_that_comes_with_varcli_is_found_by_name():
     assert load_tokenizer(tokenizer_folder("emoji64")).config.image_size == 64
+
+
+def test_the_default_tokenizer_follows_from_the_size_of_the_images(tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tokenizer(tmp_path / "tokenizers" / "tiny", tiny_tokenizer)  # for 32 px; varcli's own is for 64
+    assert default_tokenizer(40).parts[-1] == "tiny"
+    assert load_tokenizer(default_tokenizer(500)).config.image_size == 64
+    assert default_tokenizer(8).parts[-1] == "tiny"

@@ -31,11 +31,17 @@ def tokenize(
     json: JsonOption = False,
 ) -> None:
     """Turn images into codes, once, so that training need not."""
+    from varcli.data.images import open_images, typical_side
     from varcli.tokenizer.encode import tokenize as run
     from varcli.tokenizer.find import default_tokenizer, tokenizer_folder
 
-    folder = tokenizer_folder(tokenizer) if tokenizer is not None else default_tokenizer()
-    console.note(f"tokenizer: {folder}")
+    if tokenizer is not None:
+        folder = tokenizer_folder(tokenizer)
+        console.note(f"tokenizer: {folder}")
+    else:
+        side = typical_side(open_images(images))
+        folder = default_tokenizer(side)
+        console.note(f"tokenizer: {folder}, chosen for images of about {side} px")
     result = run(
         images,
         out,

@@ -110,9 +110,10 @@ class CodesWriter(contextlib.AbstractContextManager["CodesWriter"]):
         self.finished: Manifest | None = None  # set when the cache is complete
 
     def __enter__(self) -> Self:
-        prepare_folder(self.out)
+        prepare_folder(self.out, sweep=False)  # another process may be writing here: that is for the lock to say
         self._stack.enter_context(lock_folder(self.out))
         try:
+            prepare_folder(self.out)
             self._resume()
             rows = sum(len(self.missing(name)) * self.plan.views[name] for name in self.tree.splits)
             prepare_folder(self.out, need_bytes=rows * (2 * self.plan.seq_len + 8))

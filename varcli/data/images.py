@@ -10,14 +10,25 @@ from pathlib import Path
 
 import numpy as np
 
-from varcli.data.decode import SUFFIXES, load_image
+from varcli.data.decode import SUFFIXES, UnusableImage, load_image
 from varcli.data.idx import is_idx_folder, read_idx
 from varcli.data.paths import escape_path
 from varcli.data.stream import DecodedBatch, decode_images
 from varcli.data.views import DecodeConfig
 from varcli.errors import DataError
 
-__all__ = ["DecodeConfig", "DecodedBatch", "ImageTree", "Split", "decode_images", "load_image", "open_images"]
+__all__ = [
+    "DecodeConfig",
+    "DecodedBatch",
+    "ImageTree",
+    "Split",
+    "decode_images",
+    "load_image",
+    "open_images",
+    "typical_side",
+]
+
+_NUM_PROBED = 16  # images looked at by `typical_side`
 
 _SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
 _IDX_PADDING = 16  # IDX images are padded to a multiple of this, so that 28 becomes 32
@@ -189,6 +200,25 @@ class _Scan:
         if reason is not None:
             self.skipped.append((path, reason))
         return reason is None
+
+
+def typical_side(tree: ImageTree) -> int:
+    """Return the median shorter side, in pixels, of a few images spread over the first split.
+
+    Raises DataError if none of them can be read.
+    """
+    split = next(iter(tree.splits.values()))
+    if split.pixels is not None:
+        return int(split.pixels.shape[-1])
+    sides = []
+    for index in np.linspace(0, len(split) - 1, min(_NUM_PROBED, len(split))).astype(int):
+        try:
+            sides.append(min(load_image(tree.root / split.paths[index])[0].size))
+        except UnusableImage:
+            continue  # reported when all are read
+    if not sides:
+        raise DataError(f"none of the first images looked at in `{tree.root}` can be read", "look at some of them")
+    return int(np.median(sides))
 
 
 def _list(folder: Path) -> list[os.DirEntry[str]]:

@@ -192,9 +192,10 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
         self._present: set[str] = set()
 
     def __enter__(self) -> Self:
-        prepare_folder(self.out)
+        prepare_folder(self.out, sweep=False)  # another process may be writing here: that is for the lock to say
         self._stack.enter_context(lock_folder(self.out))
         try:
+            prepare_folder(self.out)
             self._resume()
         except BaseException:
             self._stack.close()

@@ -64,14 +64,18 @@ def _in_folder(place: Path) -> Path | None:
     return None
 
 
-def default_tokenizer() -> Path:
-    """Return the tokenizer that is used where none is named: the first in models/ or tokenizers/, else varcli's own.
+def default_tokenizer(side: int) -> Path:
+    """Choose the tokenizer for images whose shorter side is `side` pixels, where none is named.
 
-    Raises ArtifactError if there is none.
+    The one for the largest pictures not above that side; of equals the user's before varcli's own. If all are for
+    larger pictures, the smallest of them. Raises ArtifactError if there is none.
     """
-    for folder in known_tokenizers():
-        return folder
-    raise ArtifactError(
-        "there is no tokenizer: models/, tokenizers/ and runs/ hold none, and this varcli comes without one",
-        "train one with `varcli train-tokenizer`, or import one with `varcli import`",
-    )
+    found = [(int(read_manifest(folder, KIND).info["image_size"]), folder) for folder in known_tokenizers()]
+    if not found:
+        raise ArtifactError(
+            "there is no tokenizer: models/, tokenizers/ and runs/ hold none, and this varcli comes without one",
+            "train one with `varcli train-tokenizer`, or import one with `varcli import`",
+        )
+    sizes = [size for size, _ in found]
+    wanted = max((size for size in sizes if size <= side), default=min(sizes))
+    return next(folder for size, folder in found if size == wanted)
