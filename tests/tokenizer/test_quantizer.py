@@ -7,7 +7,7 @@ import torch
 
 from varcli.errors import ShapeError
 from varcli.tokenizer import VQVAE, TokenizerConfig
-from varcli.tokenizer.quantizer import assign_phis
+from varcli.tokenizer.quantizer import assign_phis, bicubic_weights, enlarge
 
 
 @pytest.fixture
@@ -99,3 +99,10 @@ def test_codes_of_a_wrong_length_or_type_are_refused(tiny_tokenizer):
         quantizer.embed(torch.zeros(1, 20, dtype=torch.long))
     with pytest.raises(ShapeError, match="int64"):
         quantizer.embed(torch.zeros(1, 21))
+
+
+@pytest.mark.parametrize(("side", "target"), [(1, 8), (2, 8), (5, 16), (13, 16), (4, 4)])
+def test_enlarging_by_weights_is_bicubic_interpolation(side, target):
+    maps = torch.randn(2, 3, side, side, dtype=torch.float64)
+    expected = torch.nn.functional.interpolate(maps, size=(target, target), mode="bicubic")
+    torch.testing.assert_close(enlarge(maps, bicubic_weights(side, target).double()), expected, atol=1e-6, rtol=0)

@@ -34,6 +34,24 @@ def assign_phis(num_scales: int, num_phis: int) -> list[int]:
     return [int(np.argmin(np.abs(ticks - scale / (num_scales - 1)))) for scale in range(num_scales)]
 
 
+def bicubic_weights(side: int, target: int) -> Tensor:
+    """Return the (target, side) weights of torch's bicubic interpolation along one axis, float32."""
+    # on a real device even if the weights are not yet, so that they can be put in place later
+    one_hot = torch.eye(side, device="cpu").view(1, side, side, 1)
+    return F.interpolate(one_hot, size=(target, 1), mode="bicubic").view(side, target).T.contiguous()
+
+
+def enlarge(x_BZss: Tensor, weights_hs: Tensor) -> Tensor:
+    """Enlarge square maps (B, Z, s, s) to (B, Z, h, h) by interpolation weights.
+
+    Two small matrix products in place of `F.interpolate`, whose bicubic kernel leaves most of a GPU idle and whose
+    gradient scatters sixteen taps a pixel. In float64, so that TF32, where it is on, does not round them; MPS has neither.
+    """
+    dtype = torch.float32 if x_BZss.device.type == "mps" else torch.float64
+    weights = weights_hs.to(dtype)
+    return (weights @ x_BZss.to(dtype) @ weights.T).to(x_BZss.dtype)
+
+
 class MultiScaleQuantizer(nn.Module):
     """Codebook, phi convolutions, and the walk over scales. All arithmetic is float32, whatever autocast says."""
 
@@ -51,6 +69,8 @@ class MultiScaleQuantizer(nn.Module):
         self.phis = nn.ModuleList(
             nn.Conv2d(config.code_channels, config.code_channels, 3, padding=1) for _ in range(num_convs)
         )
+        for scale, side in enumerate(self.scales):
+            self.register_buffer(f"_enlarge_{scale}", bicubic_weights(side, self.scales.grid_side), persistent=False)
         # how often each scale uses each code, for the training log; carried along with released weights
         self.register_buffer("usage_KV", torch.zeros(self.scales.num_scales, config.vocab_size))
 
@@ -70,11 +90,11 @@ class MultiScaleQuantizer(nn.Module):
     def contribution(self, vectors_BlZ: Tensor, scale: int) -> Tensor:
         """Return what the vectors of one scale add to f_hat: (B, l, Z) -> float32 (B, Z, h, w)."""
         batch, _, channels = vectors_BlZ.shape
-        side, grid_side = self.scales.sides[scale], self.scales.grid_side
+        side = self.scales.sides[scale]
         with torch.autocast(vectors_BlZ.device.type, enabled=False):
             h = vectors_BlZ.float().transpose(1, 2).reshape(batch, channels, side, side)
             if scale != self.scales.num_scales - 1:
-                h = F.interpolate(h, size=(grid_side, grid_side), mode="bicubic")
+                h = enlarge(h, self.get_buffer(f"_enlarge_{scale}"))
             return self.phi(h.contiguous(), scale)
 
     def advance(self, f_hat_BZhw: Tensor, vectors_BlZ: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
