@@ -39,7 +39,8 @@ def tokenize(
         folder = tokenizer_folder(tokenizer)
         console.note(f"tokenizer: {folder}")
     else:
-        side = typical_side(open_images(images))
+        tree = open_images(images)
+        side = typical_side(tree.root, next(iter(tree.splits.values())))
         folder = default_tokenizer(side)
         console.note(f"tokenizer: {folder}, chosen for images of about {side} px")
     result = run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -202,23 +203,15 @@ class _Scan:
         return reason is None
 
 
-def typical_side(tree: ImageTree) -> int:
-    """Return the median shorter side, in pixels, of a few images spread over the first split.
-
-    Raises DataError if none of them can be read.
-    """
-    split = next(iter(tree.splits.values()))
+def typical_side(root: Path, split: Split) -> int:
+    """Return the median shorter side, in pixels, of a few images spread over a split; 0 if none of them can be read."""
     if split.pixels is not None:
-        return int(split.pixels.shape[-1])
+        return min(split.pixels.shape[1:])
     sides = []
     for index in np.linspace(0, len(split) - 1, min(_NUM_PROBED, len(split))).astype(int):
-        try:
-            sides.append(min(load_image(tree.root / split.paths[index])[0].size))
-        except UnusableImage:
-            continue  # reported when all are read
-    if not sides:
-        raise DataError(f"none of the first images looked at in `{tree.root}` can be read", "look at some of them")
-    return int(np.median(sides))
+        with contextlib.suppress(UnusableImage):  # reported when all are read
+            sides.append(min(load_image(root / split.paths[index])[0].size))
+    return int(np.median(sides)) if sides else 0
 
 
 def _list(folder: Path) -> list[os.DirEntry[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,13 @@ from torch import Tensor
 from varcli.artifacts.verify import is_artifact, read_manifest, verify_folder
 from varcli.data.decode import UnusableImage, load_image
 from varcli.data.defaults import default_decode
-from varcli.data.images import ImageTree, Split, decode_images
+from varcli.data.images import ImageTree, decode_images, typical_side
 from varcli.data.paths import escape_path
 from varcli.data.samples import SAMPLES_KIND, is_unfinished, list_images, read_images, sample_class
 from varcli.errors import DataError, IntegrityError, ShapeError
 from varcli.metrics.npz import NpzFile
 from varcli.shapes import check_shape
 
-_NUM_PROBED = 16  # images looked at to tell the size of a folder's
 _WORKERS_FROM = 2048  # images; below it, starting processes takes longer than decoding
 
 
@@ -101,7 +99,7 @@ def from_tree(
     """
     chosen = tree.splits[split]
     shown = f"{shown or escape_path(str(tree.root))}, {split} images"
-    side = _typical_side(tree, chosen)
+    side = typical_side(tree.root, chosen)
     if side < size:
         raise DataError(
             f"{shown}: these real images are mostly smaller ({side} px) than the samples ({size} px)",
@@ -169,17 +167,6 @@ def from_tensor(images: Tensor, labels: np.ndarray | None = None) -> ImageSource
         batches=lambda batch_size: iter(images.cpu().split(batch_size)),
         labels=labels,
     )
-
-
-def _typical_side(tree: ImageTree, split: Split) -> int:
-    """Return the median of the shorter sides, from a few images spread over the split; unusable ones are left out."""
-    if split.pixels is not None:
-        return min(split.pixels.shape[1:])
-    sides = []
-    for index in np.linspace(0, len(split) - 1, min(_NUM_PROBED, len(split))).astype(int):
-        with contextlib.suppress(UnusableImage):
-            sides.append(min(load_image(tree.root / split.paths[index])[0].size))
-    return int(np.median(sides)) if sides else 0
 
 
 def _first_size(path: Path) -> tuple[int, int]:
