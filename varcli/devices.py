@@ -44,6 +44,16 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[name]
 
 
+def exact_convolutions() -> contextlib.AbstractContextManager:
+    """Let cuDNN neither round to TF32, which is its default, nor choose kernels by trying them out."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
+def float64_or_best(device: torch.device) -> torch.dtype:
+    """float64, or float32 on MPS, which has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """Autocast to `dtype` on `device`; for float32 a context that does nothing."""
     if dtype == torch.float32:

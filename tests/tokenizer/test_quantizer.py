@@ -7,7 +7,7 @@ import torch
 
 from varcli.errors import ShapeError
 from varcli.tokenizer import VQVAE, TokenizerConfig
-from varcli.tokenizer.quantizer import assign_phis, bicubic_weights, enlarge
+from varcli.tokenizer.quantizer import assign_phis, resize, resize_weights
 
 
 @pytest.fixture
@@ -101,8 +101,12 @@ def test_codes_of_a_wrong_length_or_type_are_refused(tiny_tokenizer):
         quantizer.embed(torch.zeros(1, 21))
 
 
-@pytest.mark.parametrize(("side", "target"), [(1, 8), (2, 8), (5, 16), (13, 16), (4, 4)])
-def test_enlarging_by_weights_is_bicubic_interpolation(side, target):
+@pytest.mark.parametrize(
+    ("side", "target", "mode"),
+    [(1, 8, "bicubic"), (5, 16, "bicubic"), (13, 16, "bicubic")]
+    + [(8, 3, "area"), (16, 13, "area"), (16, 1, "area"), (8, 8, "area")],
+)
+def test_resizing_by_weights_is_torchs_interpolation(side, target, mode):
     maps = torch.randn(2, 3, side, side, dtype=torch.float64)
-    expected = torch.nn.functional.interpolate(maps, size=(target, target), mode="bicubic")
-    torch.testing.assert_close(enlarge(maps, bicubic_weights(side, target).double()), expected, atol=1e-6, rtol=0)
+    expected = torch.nn.functional.interpolate(maps, size=(target, target), mode=mode)
+    torch.testing.assert_close(resize(maps, resize_weights(side, target, mode).double()), expected, atol=1e-6, rtol=0)

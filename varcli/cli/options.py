@@ -40,6 +40,9 @@ TokenizerOption = Annotated[
 ClassesOption = Annotated[
     list[str] | None, Option("--class", help="Class name or number; repeat it for several.", show_default=False)
 ]
+ResumeOption = Annotated[
+    str, Option("--resume", help="auto goes on with what the run folder holds; last-good after damage; never.")
+]
 ConfigFileOption = Annotated[
     Path | None, Option("--config", help="TOML file with settings; other options win over it.", show_default=False)
 ]

@@ -24,6 +24,13 @@ def tokenize(
     out: OutOption = Path("codes"),
     tokenizer: TokenizerOption = None,
     views: Annotated[int, Option("--views", min=1, help="Stored views of a training image.")] = 1,
+    max_skip: Annotated[
+        int | None,
+        Option(
+            "--max-skip", min=0, help="Unusable images that are tolerated; default: 100 or 0.1 %.", show_default=False
+        ),
+    ] = None,
+    follow_links: Annotated[bool, Option("--follow-links", help="Follow links that leave the folder.")] = False,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = None,
     workers: WorkersOption = None,
@@ -39,7 +46,7 @@ def tokenize(
         folder = tokenizer_folder(tokenizer)
         console.note(f"tokenizer: {folder}")
     else:
-        tree = open_images(images)
+        tree = open_images(images, follow_links)
         side = typical_side(tree.root, next(iter(tree.splits.values())))
         folder = default_tokenizer(side)
         console.note(f"tokenizer: {folder}, chosen for images of about {side} px")
@@ -48,6 +55,8 @@ def tokenize(
         out,
         folder,
         views=views,
+        max_skip=max_skip,
+        follow_links=follow_links,
         seed=seed,
         batch_size=batch_size,
         workers=workers,
@@ -59,7 +68,7 @@ def tokenize(
         "images": result.num_images,
         "rows": result.num_rows,
         "skipped": result.num_skipped,
-        "converted": result.num_converted,
+        "converted": result.converted,
         "classes": len(result.classes),
     }
     text = (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from varcli.cli import console
-from varcli.cli.options import ConfigFileOption, DeviceOption, JsonOption, SetOption
+from varcli.cli.options import ConfigFileOption, DeviceOption, JsonOption, ResumeOption, SetOption
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,9 +53,7 @@ def train(
         str | None,
         Option("--precision", help="fp32, bf16 or fp16; default: bf16 on CUDA, fp32 elsewhere.", show_default=False),
     ] = None,
-    resume: Annotated[
-        str, Option("--resume", help="auto goes on with what the run folder holds; last-good after damage; never.")
-    ] = "auto",
+    resume: ResumeOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Train a transformer on a codes cache.

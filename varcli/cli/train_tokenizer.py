@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from varcli.cli import console
-from varcli.cli.options import ConfigFileOption, DeviceOption, JsonOption, OutOption, SetOption
+from varcli.cli.options import ConfigFileOption, DeviceOption, JsonOption, OutOption, ResumeOption, SetOption
 
 
 def train_tokenizer(
@@ -18,26 +18,37 @@ def train_tokenizer(
     batch_size: Annotated[int | None, Option("--batch-size", help="Images a step.", show_default=False)] = None,
     config: ConfigFileOption = None,
     settings: SetOption = None,
+    lr: Annotated[float | None, Option("--lr", help="Peak learning rate.", show_default=False)] = None,
+    seed: Annotated[int | None, Option("--seed", help="Seed of everything random; default: 0.")] = None,
     device: DeviceOption = "auto",
+    precision: Annotated[str | None, Option("--precision", help="fp32 or bf16; default: bf16 on CUDA.")] = None,
+    resume: ResumeOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Train the tokenizer that turns images into codes and back."""
     from varcli import config as configs
+    from varcli.errors import ConfigError
     from varcli.training.tokenizer import train_tokenizer as train
     from varcli.training.tokenizer_objective import TokenizerTrainConfig
 
     values = configs.read_toml(config) if config else {}
-    tokenizer = dict(values.pop("tokenizer", {}))
+    tokenizer = values.pop("tokenizer", {})
+    if not isinstance(tokenizer, dict):
+        raise ConfigError("`tokenizer` in the config file must be a table of settings", "e.g. [tokenizer]")
     for key, value in configs.parse_assignments(settings or []).items():
         part, dot, name = key.partition(".")
-        if dot and part == "tokenizer":
+        if part == "tokenizer":
+            if not dot:
+                raise ConfigError("`--set tokenizer=...` sets nothing", "e.g. --set tokenizer.vocab_size=1024")
             tokenizer[name] = value
         else:
             values[key] = value
-    given = {"steps": steps, "batch_size": batch_size}
+    given = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "seed": seed, "precision": precision}
     values |= {key: value for key, value in given.items() if value is not None} | {"tokenizer": tokenizer}
     resolved = configs.from_dict(TokenizerTrainConfig, values)
-    result = train(images, out, resolved, device=device, on_step=console.progress("training the tokenizer"))
+    result = train(
+        images, out, resolved, device=device, resume=resume, on_step=console.progress("training the tokenizer")
+    )
     report = {"folder": str(result.folder / "tokenizer"), "steps": result.step, "seconds": result.seconds}
     numbers = ", ".join(
         f"{name} {result.validation[name]:.3g}"

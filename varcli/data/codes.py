@@ -96,7 +96,7 @@ class CodesCache:
         num_rows = self._rows[split]
         codes = np.empty((num_rows, self.seq_len), np.uint16)
         labels, sources = np.empty(num_rows, np.int64), np.empty(num_rows, np.int32)
-        start = 0
+        start = stop = 0
         for name in self._shards[split]:
             shard = self._read_shard(name)
             stop = start + len(shard["codes"])

@@ -253,7 +253,7 @@ def _no_images(shown: str, scan: _Scan) -> DataError:
         return DataError(
             f"`{shown}` holds no image that may be used: {len(scan.skipped)} were skipped, e.g. "
             f"`{escape_path(path)}`: {reason}",
-            "pass the folder that the links lead to, or allow links" if "link" in reason else None,
+            "pass the folder that the links lead to, or --follow-links" if "link" in reason else None,
         )
     what = f"{scan.num_ignored} files, but no image" if scan.num_ignored else "nothing"
     return DataError(

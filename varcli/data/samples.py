@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from varcli.artifacts.lock import LOCK_NAME, lock_folder
-from varcli.artifacts.manifest import MANIFEST_NAME, Manifest, write_manifest
+from varcli.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, hash_file, write_manifest
 from varcli.artifacts.verify import read_json, read_manifest
-from varcli.artifacts.write import TEMPORARY_PREFIX, atomic_path, prepare_folder, write_bytes, write_json
+from varcli.artifacts.write import atomic_path, prepare_folder, write_bytes, write_json
 from varcli.data.decode import SUFFIXES, UnusableImage, load_image
 from varcli.data.paths import escape_path
 from varcli.errors import ArtifactError, ConfigError, DataError, ShapeError
@@ -272,9 +272,24 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
                 f"`{self.out}` holds samples made with other settings: {', '.join(changed)} differ",
                 "choose another --out, or delete that folder to start anew",
             )
+        listed = read_manifest(self.out, SAMPLES_KIND).files if (self.out / MANIFEST_NAME).exists() else {}
         for path in self.out.iterdir():
-            if _SAMPLE.fullmatch(path.name) and not path.name.startswith(TEMPORARY_PREFIX):
+            if _SAMPLE.fullmatch(path.name) and _is_whole(path, listed.get(path.name)):
                 self._present.add(path.name)
+
+
+def _is_whole(path: Path, entry: FileEntry | None) -> bool:
+    """Say whether a sample is as its manifest says or, where none names it, can be decoded to the end.
+
+    Samples are not synced one by one, so a power cut can leave empty ones: those are drawn again.
+    """
+    try:
+        if entry is not None:
+            return path.stat().st_size == entry.size and hash_file(path) == entry
+        load_image(path)
+    except (OSError, UnusableImage):
+        return False
+    return True
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from torch import Tensor
 from varcli import config as configs
 from varcli.data.classes import ClassNames
 from varcli.devices import autocast, resolve_device, resolve_precision
-from varcli.errors import ArtifactError, ConfigError, unknown_name
+from varcli.errors import ArtifactError, ConfigError, NumericError, unknown_name
 from varcli.order import ORDERS
 from varcli.sampling.logits import CFG_SCHEDULES, draw, guide, smooth_vectors, truncate
 from varcli.sampling.models import find_model
@@ -59,11 +61,17 @@ class Generator:
     """
 
     def __init__(
-        self, tokenizer: VQVAE, transformer: Transformer, classes: Sequence[str] | None = None, order: str = "scale"
+        self,
+        tokenizer: VQVAE,
+        transformer: Transformer,
+        classes: Sequence[str] | None = None,
+        order: str = "scale",
+        weights_sha256: str | None = None,
     ) -> None:
         if order not in ORDERS:
             raise unknown_name("order", order, ORDERS, ArtifactError)
         self.tokenizer, self.transformer = tokenizer, transformer
+        self.weights_sha256 = weights_sha256  # of the transformer's file, None if it came from none
         self.order = ORDERS[order](tokenizer.quantizer)
         config = transformer.config
         mine = (tuple(config.step_lengths), config.vocab_size, config.code_channels)
@@ -92,7 +100,9 @@ class Generator:
                 f"{found[:6]}",
                 "put back the tokenizer it was trained with",
             )
-        return cls(tokenizer, transformer, manifest.info.get("classes"), str(manifest.info.get("order", "scale")))
+        order = str(manifest.info.get("order", "scale"))
+        sha256 = manifest.files["weights.safetensors"].sha256
+        return cls(tokenizer, transformer, manifest.info.get("classes"), order, sha256)
 
     def sample(
         self,
@@ -115,7 +125,10 @@ class Generator:
         if not numbers:
             raise ConfigError("there is nothing to sample", "ask for at least one image")
         if indices is None:
-            indices = [numbers[:position].count(number) for position, number in enumerate(numbers)]
+            counters: dict[int, itertools.count] = defaultdict(itertools.count)
+            indices = [next(counters[number]) for number in numbers]
+        if len(indices) != len(numbers):
+            raise ConfigError(f"there are {len(numbers)} classes, but {len(indices)} indices", "pass one for each")
         size = batch_size or self.default_batch_size
         parts = []
         for start in range(0, len(numbers), size):
@@ -165,6 +178,10 @@ class Generator:
             for step in range(len(self.order.step_lengths)):
                 features = x_BlZ.repeat(len(rows) // batch, 1, 1) if x_BlZ is not None else None
                 logits = self.transformer.step(features, cache).float()
+                if not torch.isfinite(logits).all():
+                    raise NumericError(
+                        f"the transformer's logits at step {step} are not finite", "use --precision bf16 or fp32"
+                    )
                 if config.cfg:
                     share = CFG_SCHEDULES[config.cfg_schedule](step / last)
                     logits = guide(*logits.split(batch), config.cfg * share)

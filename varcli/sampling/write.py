@@ -45,7 +45,7 @@ def sample_to_folder(
     config = config or SampleConfig()
     precision = str(resolve_precision(config.precision, generator.device)).removeprefix("torch.")
     settings = {**configs.to_dict(config), "precision": precision, "tokenizer": generator.tokenizer.fingerprint()}
-    settings |= {"model": model, "classes": list(generator.classes.names)}
+    settings |= {"transformer": generator.weights_sha256, "model": model, "classes": list(generator.classes.names)}
     info = {
         "image_size": generator.tokenizer.config.image_size,
         "guidance": "(1 + t) * cond - t * uncond",

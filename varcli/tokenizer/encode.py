@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from varcli.data.codes_writer import CodesPlan, CodesWriter
 from varcli.data.defaults import default_decode
 from varcli.data.images import decode_images, open_images
-from varcli.devices import resolve_device
+from varcli.devices import exact_convolutions, resolve_device
 from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer.store import load_tokenizer
 
@@ -25,7 +26,7 @@ class TokenizeResult:
     num_images: int  # over all splits, those skipped left out
     num_rows: int  # images times views
     num_skipped: int  # listed with reasons in the manifest
-    num_converted: int  # images that were not plain 8-bit RGB
+    converted: dict[str, int]  # images by what was converted to plain 8-bit RGB
     classes: tuple[str, ...]  # by number
 
 
@@ -35,6 +36,8 @@ def tokenize(
     tokenizer: Path,
     *,
     views: int = 1,
+    max_skip: int | None = None,
+    follow_links: bool = False,
     seed: int = 0,
     batch_size: int | None = None,
     workers: int | None = None,
@@ -43,14 +46,15 @@ def tokenize(
 ) -> TokenizeResult:
     """Encode an image tree with the tokenizer in folder `tokenizer` into a codes cache in `out`.
 
-    views: stored views of a training image; the "val" split always has one. Codes are computed in float32, so that they
-    do not depend on the batch. A rerun goes on at the first missing shard. Raises DataError for images that cannot be
-    used, ConfigError if `out` was begun with other settings, ArtifactError if it cannot be written.
+    views: stored views of a training image; the "val" split always has one. max_skip: unusable images tolerated, None
+    is 100 or 0.1 %. Codes are computed in float32 without TF32, in batches that never cross a shard, so that a rerun,
+    which goes on at the first missing shard, meets the same batches. Raises DataError for images that cannot be used,
+    ConfigError if `out` was begun with other settings, ArtifactError if it cannot be written.
     """
     where = resolve_device(device)
     model = load_tokenizer(tokenizer, where)
     config = model.config
-    tree = open_images(images)
+    tree = open_images(images, follow_links)
     decode = default_decode(tree, config.image_size, views, seed)
     splits = list(tree.splits)
     plan = CodesPlan(
@@ -63,26 +67,28 @@ def tokenize(
         views={name: _VALIDATION_VIEWS if name == "val" and len(splits) > 1 else views for name in splits},
     )
     size = batch_size or (256 if where.type == "cuda" else 64)
-    with CodesWriter(out, plan, tree) as writer:
+    with CodesWriter(out, plan, tree) as writer, exact_convolutions():
         wanted = {split: writer.missing(split) for split in splits}
         total = sum(len(wanted[split]) * plan.views[split] for split in splits)
         done = 0
         for split in splits:
-            stream = decode_images(tree, split, decode[split], wanted[split], plan.views[split], workers, size)
-            for batch in stream:
-                pixels = batch.images.to(where).float() / 127.5 - 1
-                with torch.no_grad():
-                    codes_BL = model.encode(pixels)
-                writer.add(split, codes_BL, batch)
-                done += len(batch.requested) * plan.views[split]
-                on_step(Step(done, total, unit="images"))
-        manifest = writer.finish()
+            borders = np.flatnonzero(np.diff(wanted[split] // plan.shard_images)) + 1
+            for shard in np.split(wanted[split], borders):
+                for batch in decode_images(tree, split, decode[split], shard, plan.views[split], workers, size):
+                    pixels = batch.images.to(where).float() / 127.5 - 1
+                    with torch.no_grad():
+                        codes_BL = model.encode(pixels)
+                    writer.add(split, codes_BL, batch)
+                    done += len(batch.requested) * plan.views[split]
+                    on_step(Step(done, total, unit="views"))
+        manifest = writer.finish(max_skip)
     sizes = manifest.info["splits"].values()
+    num_skipped = len(manifest.info["skipped"])
     return TokenizeResult(
         folder=Path(out),
-        num_images=sum(int(entry["images"]) for entry in sizes),
+        num_images=sum(int(entry["images"]) for entry in sizes) - num_skipped,
         num_rows=sum(int(entry["rows"]) for entry in sizes),
-        num_skipped=len(manifest.info["skipped"]),
-        num_converted=sum(manifest.info["converted"].values()),
+        num_skipped=num_skipped,
+        converted={str(note): int(count) for note, count in manifest.info["converted"].items()},
         classes=tuple(manifest.info["classes"]),
     )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varcli.devices import float64_or_best
 from varcli.errors import ShapeError
 from varcli.shapes import check_shape
 from varcli.tokenizer.base import TokenizerConfig
@@ -34,26 +35,27 @@ def assign_phis(num_scales: int, num_phis: int) -> list[int]:
     return [int(np.argmin(np.abs(ticks - scale / (num_scales - 1)))) for scale in range(num_scales)]
 
 
-def bicubic_weights(side: int, target: int) -> Tensor:
-    """Return the (target, side) weights of torch's bicubic interpolation along one axis, float32."""
+def resize_weights(side: int, target: int, mode: str) -> Tensor:
+    """Return the (target, side) weights of torch's interpolation along one axis, float32. mode: "bicubic" or "area"."""
     # on a real device even if the weights are not yet, so that they can be put in place later
     one_hot = torch.eye(side, device="cpu").view(1, side, side, 1)
-    return F.interpolate(one_hot, size=(target, 1), mode="bicubic").view(side, target).T.contiguous()
+    return F.interpolate(one_hot, size=(target, 1), mode=mode).view(side, target).T.contiguous()
 
 
-def enlarge(x_BZss: Tensor, weights_hs: Tensor) -> Tensor:
-    """Enlarge square maps (B, Z, s, s) to (B, Z, h, h) by interpolation weights.
+def resize(x_BZss: Tensor, weights_ts: Tensor) -> Tensor:
+    """Resize square maps (B, Z, s, s) to (B, Z, t, t) by the weights of one axis.
 
-    Two small matrix products in place of `F.interpolate`, whose bicubic kernel leaves most of a GPU idle and whose
-    gradient scatters sixteen taps a pixel. In float64, so that TF32, where it is on, does not round them; MPS has neither.
+    Two small matrix products in place of `F.interpolate`, whose bicubic kernel leaves most of a GPU idle, whose gradient
+    scatters sixteen taps a pixel, and whose area mode takes only divisible sizes on MPS. In float64, so that TF32, where
+    it is on, does not round them; MPS has neither.
     """
-    dtype = torch.float32 if x_BZss.device.type == "mps" else torch.float64
-    weights = weights_hs.to(dtype)
+    dtype = float64_or_best(x_BZss.device)
+    weights = weights_ts.to(dtype)
     return (weights @ x_BZss.to(dtype) @ weights.T).to(x_BZss.dtype)
 
 
 class MultiScaleQuantizer(nn.Module):
-    """Codebook, phi convolutions, and the walk over scales. All arithmetic is float32, whatever autocast says."""
+    """Codebook, phi convolutions, and the walk over scales, in float32 whatever autocast says."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -70,7 +72,9 @@ class MultiScaleQuantizer(nn.Module):
             nn.Conv2d(config.code_channels, config.code_channels, 3, padding=1) for _ in range(num_convs)
         )
         for scale, side in enumerate(self.scales):
-            self.register_buffer(f"_enlarge_{scale}", bicubic_weights(side, self.scales.grid_side), persistent=False)
+            grid_side = self.scales.grid_side
+            self.register_buffer(f"_enlarge_{scale}", resize_weights(side, grid_side, "bicubic"), persistent=False)
+            self.register_buffer(f"_shrink_{scale}", resize_weights(grid_side, side, "area"), persistent=False)
         # how often each scale uses each code, for the training log; carried along with released weights
         self.register_buffer("usage_KV", torch.zeros(self.scales.num_scales, config.vocab_size))
 
@@ -94,7 +98,7 @@ class MultiScaleQuantizer(nn.Module):
         with torch.autocast(vectors_BlZ.device.type, enabled=False):
             h = vectors_BlZ.float().transpose(1, 2).reshape(batch, channels, side, side)
             if scale != self.scales.num_scales - 1:
-                h = enlarge(h, self.get_buffer(f"_enlarge_{scale}"))
+                h = resize(h, self.get_buffer(f"_enlarge_{scale}"))
             return self.phi(h.contiguous(), scale)
 
     def advance(self, f_hat_BZhw: Tensor, vectors_BlZ: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
@@ -105,8 +109,9 @@ class MultiScaleQuantizer(nn.Module):
         f_hat_BZhw = f_hat_BZhw + self.contribution(vectors_BlZ, scale)
         if scale == self.scales.num_scales - 1:
             return f_hat_BZhw, None
-        next_side = self.scales.sides[scale + 1]
-        shrunk = F.interpolate(f_hat_BZhw, size=(next_side, next_side), mode="area")
+        shrunk = f_hat_BZhw
+        if scale + 1 != self.scales.num_scales - 1:
+            shrunk = resize(f_hat_BZhw, self.get_buffer(f"_shrink_{scale + 1}"))
         return f_hat_BZhw, shrunk.flatten(2).transpose(1, 2)
 
     def running_f_hat(self, codes_BL: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -162,12 +167,14 @@ class MultiScaleQuantizer(nn.Module):
     def encode(self, f_BZhw: Tensor) -> Tensor:
         """Return the codes (B, L), int64, coarse to fine, of a feature map (B, Z, h, w)."""
         check_shape("features", f_BZhw, ("B", self.code_channels, self.scales.grid_side, self.scales.grid_side))
-        return torch.cat([codes for _, codes in self._walk(f_BZhw)], dim=1)
+        with torch.autocast(f_BZhw.device.type, enabled=False):
+            return torch.cat([codes for _, codes in self._walk(f_BZhw)], dim=1)
 
     @torch.no_grad()
     def leftovers(self, f_BZhw: Tensor) -> list[Tensor]:
         """Return, scale by scale, the (B * l, Z) vectors that were matched to codes: what restarted codes are drawn from."""
-        return [vectors for vectors, _ in self._walk(f_BZhw)]
+        with torch.autocast(f_BZhw.device.type, enabled=False):
+            return [vectors for vectors, _ in self._walk(f_BZhw)]
 
     def forward(self, f_BZhw: Tensor, num_kept_B: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize while training.
@@ -196,18 +203,16 @@ class MultiScaleQuantizer(nn.Module):
 
     def _walk(self, f_BZhw: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield, scale by scale, the leftover's vectors (B * l, Z) and the codes (B, l) chosen for them."""
-        with torch.autocast(f_BZhw.device.type, enabled=False):
-            f_rest = f_BZhw.float()
-            for scale in range(self.scales.num_scales):
-                vectors = self._shrink(f_rest, scale)
-                codes = self.nearest(vectors).view(f_rest.shape[0], -1)
-                yield vectors, codes
-                f_rest = f_rest - self.contribution(self.lookup(codes), scale)
+        f_rest = f_BZhw.float()
+        for scale in range(self.scales.num_scales):
+            vectors = self._shrink(f_rest, scale)
+            codes = self.nearest(vectors).view(f_rest.shape[0], -1)
+            yield vectors, codes
+            f_rest = f_rest - self.contribution(self.lookup(codes), scale)
 
     @torch.no_grad()
     def _shrink(self, f_rest_BZhw: Tensor, scale: int) -> Tensor:
         """Shrink what is left over to one scale's side, as (B * l, Z) vectors in row-major order."""
         if scale != self.scales.num_scales - 1:
-            side = self.scales.sides[scale]
-            f_rest_BZhw = F.interpolate(f_rest_BZhw, size=(side, side), mode="area")
+            f_rest_BZhw = resize(f_rest_BZhw, self.get_buffer(f"_shrink_{scale}"))
         return f_rest_BZhw.permute(0, 2, 3, 1).reshape(-1, self.code_channels)

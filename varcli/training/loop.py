@@ -16,6 +16,7 @@ samples it takes from the step's number; then a resumed run is the same run, bit
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from varcli.artifacts.write import prepare_folder
 from varcli.data.samples import save_png
-from varcli.errors import ConfigError, InterruptedRun, MemoryLimitError
+from varcli.errors import ConfigError, InterruptedRun, MemoryLimitError, VarcliError
 from varcli.progress import OnStep, Step, ignore
 from varcli.training.checkpoint import checkpoint_name, load_checkpoint, save_checkpoint
 from varcli.training.meter import Meter, SkipPolicy
@@ -234,7 +235,7 @@ class _Loop:
         self.result.validation = values
         self.log.write("validation", done, values)
         best = self.result.best
-        is_best = loss is not None and (best is None or loss < best["loss"])
+        is_best = loss is not None and math.isfinite(loss) and (best is None or loss < best["loss"])
         if is_best:
             self.result.best = {"step": done, "loss": loss}
             if self.config.keep_best:
@@ -243,8 +244,12 @@ class _Loop:
         self._report(f"validation after step {done:,}: {shown}{' (best so far)' if is_best else ''}")
 
     def _draw(self) -> None:
-        with undisturbed(self.trainer.parts.device):
-            image = self.trainer.draw(self.result.step)
+        try:
+            with undisturbed(self.trainer.parts.device):
+                image = self.trainer.draw(self.result.step)
+        except VarcliError as error:  # a picture is not worth a run
+            self._report(f"no picture after step {self.result.step:,}: {error}")
+            return
         if image is None:
             return
         folder = prepare_folder(self.run_folder.path / SAMPLES_NAME)

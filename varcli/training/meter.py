@@ -70,7 +70,7 @@ class SkipPolicy:
             shown = ", ".join(str(step) for step in self.steps[-self.in_window :])
             raise NumericError(
                 f"loss or gradients were no numbers at steps {shown}: training stopped, the weights are as before them",
-                "lower --lr, or try --precision fp32; the last checkpoint and metrics.jsonl are kept",
+                "use a lower learning rate (--lr) or --precision fp32; the last checkpoint and metrics.jsonl are kept",
             )
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varcli.devices import autocast
+from varcli.devices import autocast, float64_or_best
 from varcli.order.base import Order
 from varcli.transformer import Transformer
 
@@ -34,7 +34,6 @@ class Objective:
     def compile(self, with_graphs: bool = False) -> None:
         """Let torch.compile fuse the model with its loss from the next call on."""
         self._measure = torch.compile(measure, dynamic=False, mode="reduce-overhead" if with_graphs else None)
-        # torch's own bicubic kernel gives each pixel one thread for all images and channels: a fifth of a small step
         self._prepare = torch.compile(self.order.teacher_forcing_input, dynamic=False)
         self._has_graphs = with_graphs
 
@@ -62,9 +61,9 @@ class Objective:
             logits_BLV = self.model(labels_B, self.order.teacher_forcing_input(codes_BL))
         losses_BL = F.cross_entropy(logits_BLV.flatten(0, 1), codes_BL.flatten(), reduction="none").view_as(codes_BL)
         hits_BL = (logits_BLV.argmax(dim=-1) == codes_BL).float()
-        steps = self.order.step_lengths
+        steps, wide = self.order.step_lengths, float64_or_best(self.device)
         sums = [
-            torch.stack([part.double().mean(dim=1).sum() for part in whole.split(steps, dim=1)])
+            torch.stack([part.to(wide).mean(dim=1).sum() for part in whole.split(steps, dim=1)])
             for whole in (losses_BL, hits_BL)
         ]
         return sums[0], sums[1]

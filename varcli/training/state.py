@@ -6,6 +6,7 @@ order of parameters.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping
@@ -55,7 +56,9 @@ class Parts:
             for key, tensor in average.tensors().items()
         }
         files["random"] = capture_random(self.device)
-        files["random"] |= {f"generator/{name}": source.get_state() for name, source in self.generators.items()}
+        files["random"] |= {
+            f"generator/{name}/{source.device.type}": source.get_state() for name, source in self.generators.items()
+        }
         return {name: tensors for name, tensors in files.items() if tensors}
 
     def load(self, files: Mapping[str, Mapping[str, Tensor]], where: Path) -> None:
@@ -75,8 +78,7 @@ class Parts:
             average.load(_below(files.get("ema", {}), name))
         states = files.get("random", {})
         for name, source in self.generators.items():
-            if f"generator/{name}" in states:
-                source.set_state(states[f"generator/{name}"])
+            _restore_generator(source, _below(states, f"generator/{name}"), f"`{where}` holds no state of `{name}`")
         restore_random(states, self.device)
 
     def _parameter_names(self) -> dict[int, str]:
@@ -162,6 +164,17 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         yield
     finally:
         restore_random(states, device)
+
+
+def _restore_generator(source: torch.Generator, states: Mapping[str, Tensor], problem: str) -> None:
+    """Put a generator's state back. One of another kind of device cannot be: its hash seeds a new sequence then."""
+    if not states:
+        raise ArtifactError(problem, "the checkpoint was made by other settings")
+    if source.device.type in states:
+        source.set_state(states[source.device.type].cpu())
+        return
+    state = next(iter(states.values()))
+    source.manual_seed(int.from_bytes(hashlib.sha256(bytes(state.tolist())).digest()[:7]))
 
 
 def _below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

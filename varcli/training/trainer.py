@@ -134,10 +134,10 @@ class TransformerTrainer(Trainer):
         if self.validation is None:
             return {}
         count = 0
-        sums = torch.zeros(2, len(self.order.step_lengths), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2, len(self.order.step_lengths), dtype=torch.float64)
         with self._sampling_weights():
             for codes, labels in self.validation.all_rows(self.micro_batch_size, self.config.eval_images):
-                sums += torch.stack(self.objective.sums_by_step(codes, labels))
+                sums += torch.stack(self.objective.sums_by_step(codes, labels)).cpu()
                 count += len(codes)
         lengths = torch.tensor(self.order.step_lengths, dtype=torch.float64)
         by_scale = sums.cpu() / count
