@@ -91,6 +91,8 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
                 continue
         return _convert(key, value, choices[-1])
     if dataclasses.is_dataclass(hint):
+        if not isinstance(value, (hint, Mapping)):
+            raise ConfigError(f"config key `{key}` takes a table of settings, but got {value!r}")
         return value if isinstance(value, hint) else from_dict(hint, value)
     if origin is tuple and isinstance(value, (list, tuple)):
         inner = arguments[0]

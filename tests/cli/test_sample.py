@@ -103,3 +103,28 @@ def test_an_unknown_model_and_a_swapped_tokenizer_are_refused(model, tiny_tokeni
     swapped = run("sample", "--model", "tiny", "--device", "cpu")
     assert swapped.exit_code == 1
     assert "trained on codes of tokenizer" in swapped.output
+
+
+def test_samples_of_other_weights_are_never_mixed(model, tiny_transformer, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["sample", "--model", model, "--class", "boat", "--out", out, "--device", "cpu"]
+    assert run(*arguments, "--n", 2).exit_code == 0
+    tiny_transformer.output_projection.bias.data += 1
+    info = {
+        "tokenizer": read_manifest(model / "tokenizer").info["fingerprint"],
+        "patch_nums": [1, 2, 4],
+        "order": "scale",
+    }
+    save_transformer(model / "transformer", tiny_transformer, {**info, "classes": ["apple", "boat", "cat"]})
+    retrained = run(*arguments, "--n", 3)
+    assert retrained.exit_code == 1
+    assert "transformer" in retrained.output
+
+
+def test_an_empty_picture_is_drawn_again(model, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["sample", "--model", model, "--class", "boat", "--n", 3, "--out", out, "--device", "cpu", "--json"]
+    assert run(*arguments).exit_code == 0
+    (out / "0001-00001.png").write_bytes(b"")
+    assert json.loads(run(*arguments).stdout)["drawn"] == 1
+    assert verify_folder(out, read_manifest(out, "samples")) == []

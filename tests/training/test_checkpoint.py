@@ -120,3 +120,19 @@ def test_random_state_comes_back():
     with undisturbed(cpu):
         draw()
     assert all(torch.equal(state[name], tensor) for name, tensor in capture_random(cpu).items())
+
+
+def test_a_generator_of_another_device_starts_a_sequence_that_the_checkpoint_decides(tmp_path):
+    trainer = ToyTrainer(steps=4)
+    files = trainer.parts.tensors()
+    state = files["random"].pop("generator/noise/cpu")
+    files["random"]["generator/noise/cuda"] = state[:16]
+
+    def draw() -> float:
+        trainer.parts.load(files, tmp_path)
+        return torch.rand((), generator=trainer.generator).item()
+
+    assert draw() == draw()
+    del files["random"]["generator/noise/cuda"]
+    with pytest.raises(ArtifactError, match="noise"):
+        draw()

@@ -232,3 +232,27 @@ def test_what_a_kill_left_unpublished_is_published_by_a_rerun(tmp_path):
     train_toy(tmp_path / "run")
     assert published.read_bytes() == before
     assert not verify_folder(tmp_path / "run" / "toy", read_manifest(tmp_path / "run" / "toy", "toy"))
+
+
+def test_a_validation_that_is_no_number_is_never_the_best(tmp_path):
+    trainer = ToyTrainer(steps=4)
+    trainer.validate = lambda: {"loss": float("nan")}
+    with open_run(tmp_path / "run", "auto") as opened:
+        opened.settle("toy", {}, {}, ())
+        result = run_training(trainer, opened, LoopConfig(steps=4, eval_every=2, keep_best=True))
+    assert result.best is None
+    assert (tmp_path / "run" / "checkpoints" / "step-0000004" / "manifest.json").exists()
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path):
+    trainer, told = ToyTrainer(steps=4), []
+
+    def fail(step):
+        raise ConfigError("no such class")
+
+    trainer.draw = fail
+    with open_run(tmp_path / "run", "auto") as opened:
+        opened.settle("toy", {}, {}, ())
+        result = run_training(trainer, opened, LoopConfig(steps=4, sample_every=2), on_step=told.append)
+    assert result.step == 4
+    assert any("no such class" in (step.message or "") for step in told)

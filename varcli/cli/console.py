@@ -140,7 +140,7 @@ class _Bar:
             self.start(step)
         self.clock.update(step)
         if step.message:
-            self.display.console.print(printable(step.message), markup=False, highlight=False)
+            self.display.console.print(printable(step.message), markup=False, highlight=False, emoji=False)
         self.display.update(self.task, completed=step.done, total=step.total, status=self.clock.describe(step))
         if step.done == step.total:
             self.stop()

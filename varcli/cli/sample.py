@@ -22,7 +22,9 @@ from varcli.cli.options import (
 
 def sample(
     class_: ClassesOption = None,
-    n: Annotated[int | None, Option("--n", min=1, help="Images of each --class; default: 16.")] = None,
+    n: Annotated[
+        int | None, Option("--n", min=1, help="Images of each class; default: 16, or 4 without --class.")
+    ] = None,
     classes: Annotated[
         str | None, Option("--classes", help="all, in place of --class: every class.", show_default=False)
     ] = None,
@@ -34,7 +36,9 @@ def sample(
         str, Option("--cfg-schedule", help="linear, cosine or constant over the scales.")
     ] = "linear",
     top_k: Annotated[int | None, Option("--top-k", help="Draw from the k likeliest codes; 0 draws from all.")] = 900,
-    top_p: Annotated[float | None, Option("--top-p", help="Probability that the likeliest codes keep.")] = 0.96,
+    top_p: Annotated[
+        float | None, Option("--top-p", help="Probability that the likeliest codes keep; 1 draws from all.")
+    ] = 0.96,
     smooth: Annotated[bool, Option("--smooth", help="Blend codes: smoother pictures, not for metrics.")] = False,
     npz: Annotated[bool, Option("--npz", help="Also write samples.npz, as evaluation suites read it.")] = False,
     seed: SeedOption = 0,
@@ -53,6 +57,8 @@ def sample(
         raise ConfigError(f"`--classes` takes `all`, but got `{classes}`", "name single classes with --class")
     if classes and class_:
         raise ConfigError("`--class` and `--classes` both say which classes to draw", "give one of them")
+    if per_class and not classes:
+        raise ConfigError("`--per-class` goes with `--classes all`", "use --n for the images of each --class")
     if top_k is not None and top_k < 0:
         raise ConfigError(f"`--top-k` must be 0 or more, but is {top_k}")
     config = SampleConfig(

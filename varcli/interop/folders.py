@@ -81,8 +81,9 @@ def import_official(
     tokenizer = load_tokenizer(tokenizer_from, **shared)
     if transformer is not None:
         require_pair(tokenizer.config, transformer.config, tokenizer_from.where, transformer_from.where)
-    out = prepare_folder(out)
+    out = prepare_folder(out, sweep=False)  # what lies there may be another's, who has the lock
     with lock_folder(out):
+        prepare_folder(out)
         source = _source(paths, tokenizer_from)
         _refuse_other(out / tokenizers.KIND, source)
         on_step(Step(len(paths), len(paths) + 2, "parts", message=f"writing {out / tokenizers.KIND}"))

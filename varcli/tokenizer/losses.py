@@ -10,7 +10,7 @@ from varcli.pretrained.lite0 import load_lite0
 
 
 def pixel_loss(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Mean of L1 and L2 differences over (B, 3, H, W) images in [-1, 1]."""
+    """Mean absolute plus mean squared difference over (B, 3, H, W) images in [-1, 1]."""
     difference = reconstructions - images
     return difference.abs().mean() + difference.square().mean()
 
@@ -59,8 +59,9 @@ class LeCamPenalty(nn.Module):
     def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """Update the averages and return the squared hinge distance of each side from the other's average."""
         with torch.no_grad():
-            self.real_mean.lerp_(real_logits.mean().float(), 1 - self.decay)
-            self.fake_mean.lerp_(fake_logits.mean().float(), 1 - self.decay)
+            for average, logits in ((self.real_mean, real_logits), (self.fake_mean, fake_logits)):
+                mean = logits.mean().float()
+                average.lerp_(torch.where(mean.isfinite(), mean, average), 1 - self.decay)  # one NaN would stay forever
         return (
             F.relu(real_logits - self.fake_mean).square().mean() + F.relu(self.real_mean - fake_logits).square().mean()
         )

@@ -13,11 +13,13 @@ from varcli.artifacts.manifest import Manifest, write_manifest
 from varcli.artifacts.verify import read_checked_tensors, read_manifest, require_finite
 from varcli.artifacts.weights import load_state
 from varcli.artifacts.write import prepare_folder, write_tensors
+from varcli.errors import ArtifactError
 from varcli.tokenizer.base import TokenizerConfig
 from varcli.tokenizer.vqvae import VQVAE
 
 KIND = "tokenizer"
 WEIGHTS_NAME = "weights.safetensors"
+_USAGE = "quantizer.usage_KV"
 
 
 def save_tokenizer(
@@ -31,7 +33,8 @@ def save_tokenizer(
     """
     state = {name: tensor.detach().cpu() for name, tensor in tokenizer.state_dict().items()}
     if dtype is not None:
-        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+        # counts may exceed what half precision holds
+        state = {name: tensor if name == _USAGE else tensor.to(dtype) for name, tensor in state.items()}
         rounded = VQVAE(tokenizer.config)
         rounded.load_state_dict({name: tensor.float() for name, tensor in state.items()})
         tokenizer = rounded
@@ -52,6 +55,8 @@ def load_tokenizer(folder: Path, device: torch.device | str = "cpu") -> VQVAE:
     Raises ArtifactError (IntegrityError for changed bytes) if it is not whole or its weights do not fit its config.
     """
     manifest = read_manifest(folder, KIND)
+    if not isinstance(manifest.info.get("config"), dict):
+        raise ArtifactError(f"the manifest of `{folder}` holds no tokenizer config", "restore it, or import it again")
     tokenizer = VQVAE(configs.from_dict(TokenizerConfig, manifest.info["config"]))
     state = read_checked_tensors(folder, WEIGHTS_NAME, manifest)
     require_finite(state, f"`{folder}`")

@@ -58,12 +58,25 @@ class TrainConfig:
     tensorboard: bool = True  # write TensorBoard's files if it is installed
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch_size", "log_every", "save_every", "width", "num_heads"):
+        for name in (
+            "steps",
+            "batch_size",
+            "micro_batch_size",
+            "log_every",
+            "save_every",
+            "width",
+            "num_heads",
+            "eval_images",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {value}")
         if not 0 <= self.label_dropout <= 1 or not 0 <= self.label_smoothing < 1:
             raise ConfigError("label_dropout and label_smoothing are shares from 0 to 1")
+        for name, top in (("learning_rate", math.inf), ("dropout", 1.0), ("drop_path", 1.0), ("ema_decay", 1.0)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < top:
+                raise ConfigError(f"{name} must be at least 0 and below {top:g}, but is {value}")
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise ConfigError(f"grad_clip must be above 0, but is {self.grad_clip}", "none turns clipping off")
         if self.schedule is not None:

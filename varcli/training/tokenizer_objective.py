@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from varcli.devices import autocast
-from varcli.errors import ConfigError
+from varcli.errors import ConfigError, unknown_name
 from varcli.tokenizer import VQVAE, TokenizerConfig
 from varcli.tokenizer.discriminator import PatchDiscriminator, augment_pair
 from varcli.tokenizer.losses import LeCamPenalty, PerceptualLoss, discriminator_loss, generator_loss, pixel_loss
@@ -39,7 +40,7 @@ class TokenizerTrainConfig:
     ema_decay: float = 0.999  # of the weights that are saved
     flip: bool = True  # mirror images at random; a tokenizer may, whatever the pictures say
     shift: int = 4  # pixels an image is moved at most, its border repeated
-    precision: str = "auto"  # auto, fp32, bf16 or fp16
+    precision: str = "auto"  # auto, fp32 or bf16
     compile: bool | None = None  # torch.compile; None decides by device
     seed: int = 0  # of weights, order, augmentation and restarts
     log_every: int = 50  # steps between log lines
@@ -49,6 +50,13 @@ class TokenizerTrainConfig:
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_size) < 1:
             raise ConfigError("steps and batch_size must be at least 1")
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.ema_decay < 1 or self.shift < 0:
+            raise ConfigError("learning_rate must be above 0, ema_decay in [0, 1) and shift 0 or more")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise unknown_name("precision", self.precision, ["auto", "fp32", "bf16"])
+        weights = (self.quantizer_weight, self.perceptual_weight, self.adversarial_weight, self.lecam_weight)
+        if not all(0 <= weight < math.inf for weight in weights):
+            raise ConfigError("the weights of the losses must be 0 or more")
         if not 0 <= self.adversarial_start <= 1 or not 0 <= self.scale_dropout <= 1:
             raise ConfigError("adversarial_start and scale_dropout are shares between 0 and 1")
 
