@@ -175,10 +175,10 @@ def test_smooth_pictures_with_the_recorded_noise_equal_the_reference(case):
     golden = case.tensors("sampling")
     name = next(key.rpartition(".")[0] for key in golden if key.startswith("smooth") and key.endswith("expo_gumbel"))
     generator, has_decoder = models_of(case)
+    if not has_decoder or not thinned(golden, f"{name}.image"):
+        pytest.skip("the decoder or the picture of this case is not kept")
     f_hat = generator.generate(golden["sample_labels"], RecordedNoise(case, golden, name), settings_of(name))
-    assert torch.isfinite(f_hat).all()
-    if has_decoder:
-        assert_picture(case, golden, name, f_hat)
+    assert_picture(case, golden, name, f_hat)
 
 
 KEPT = [

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -133,14 +134,23 @@ def run_training(
     """
     loop = _Loop(trainer, run, config, on_step, dict(info or {}))
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, memory_limits(trainer):
             return loop.run(stop)
-    except torch.OutOfMemoryError:
+    finally:
+        loop.log.close()
+
+
+@contextmanager
+def memory_limits(trainer: Trainer) -> Iterator[None]:
+    """Turn running out of memory into MemoryLimitError with the trainer's hint."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "MPS backend out of memory" not in str(error):
+            raise
         device = trainer.parts.device
         peak = f", peak use {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
         raise MemoryLimitError(f"out of memory at batch size {trainer.batch_size}{peak}", trainer.memory_hint) from None
-    finally:
-        loop.log.close()
 
 
 class _Loop:

@@ -85,8 +85,7 @@ class TokenizerObjective(nn.Module):
         as a share of the content losses' (VQGAN, arXiv:2012.09841, Eq. 7, measured at the picture instead of the last
         layer, which needs no second pass). Returns (numbers for the log, reconstructions, codes).
         """
-        with autocast(self.device, self.dtype):
-            reconstructions, quantizer_loss, codes = self.run_tokenizer(images, num_kept_B)
+        reconstructions, quantizer_loss, codes = self._run(images, num_kept_B)
         leaf = reconstructions.detach().float().requires_grad_()
         pixel = pixel_loss(images, leaf)
         content, numbers = pixel, {"pixel_loss": pixel.detach(), "quantizer_loss": quantizer_loss.detach()}
@@ -106,6 +105,18 @@ class TokenizerObjective(nn.Module):
             [reconstructions, quantizer_loss * self.config.quantizer_weight], [gradient.to(reconstructions.dtype), None]
         )
         return numbers, leaf.detach(), codes
+
+    def _run(self, images: Tensor, num_kept_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the tokenizer, and without torch.compile from now on if it was not asked for and does not work here."""
+        try:
+            with autocast(self.device, self.dtype):
+                return self.run_tokenizer(images, num_kept_B)
+        except RuntimeError as error:
+            is_compiled = self.run_tokenizer is not self.tokenizer
+            if isinstance(error, torch.OutOfMemoryError) or self.config.compile or not is_compiled:
+                raise
+            self.run_tokenizer, self.run_perceptual = self.tokenizer, self.perceptual
+        return self._run(images, num_kept_B)
 
     def backward_discriminator(
         self, images: Tensor, reconstructions: Tensor, generator: torch.Generator

@@ -20,7 +20,7 @@ from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer.find import find_tokenizer, tokenizer_folder
 from varcli.tokenizer.store import KIND as TOKENIZER_KIND
 from varcli.tokenizer.store import load_tokenizer
-from varcli.training.loop import run_training
+from varcli.training.loop import memory_limits, run_training
 from varcli.training.plan import TrainPlan
 from varcli.training.run import copy_artifact, open_run
 from varcli.training.settings import FREE, TrainConfig, resolve
@@ -103,7 +103,8 @@ def train_transformer(
         else:
             num_saves = config.keep_checkpoints + 1 if run.checkpoint is None else 1
             prepare_folder(run.path, need_bytes=num_saves * trainer.checkpoint_bytes())
-            plan = trainer.prepare(run.step)
+            with memory_limits(trainer):
+                plan = trainer.prepare(run.step)
             if on_plan is not None:
                 on_plan(plan)
         info = {"codes": cache.manifest.digest, "images": trainer.source.num_images}
