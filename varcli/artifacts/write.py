@@ -165,6 +165,16 @@ def prepare_folder(folder: Path, need_bytes: int = 0, sweep: bool = True) -> Pat
     return folder
 
 
+def publish_file(part: Path, target: Path) -> None:
+    """Sync a finished file and rename it to `target` in the same folder."""
+    try:
+        _sync(part)
+        os.replace(part, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise _write_error(target, error) from None
+
+
 def _write_error(path: Path, error: OSError) -> ArtifactError:
     hint = "choose another --out, or change its permissions"
     if error.errno in _DISK_FULL:

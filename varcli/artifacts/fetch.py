@@ -1,0 +1,167 @@
+"""Files from the network: fetched once, with resume, retries and a checksum that is pinned on first use.
+
+Beside `name` lie, while it is fetched, `name.part` and `name.part.json` (which version the part belongs to), and
+afterwards `name.pin.json` with size and SHA-256 of what was fetched first.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from varcli import __version__
+from varcli.artifacts.lock import lock_folder
+from varcli.artifacts.manifest import FileEntry, hash_file
+from varcli.artifacts.verify import read_json
+from varcli.artifacts.write import prepare_folder, publish_file, write_json
+from varcli.errors import ArtifactError, IntegrityError
+from varcli.progress import OnStep, Step, ignore
+
+CACHE_VARIABLE = "VARCLI_CACHE"
+_CHUNK = 2**20  # bytes read at a time
+_DROPPED = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+
+
+def cache_folder() -> Path:
+    """Return where fetched files are kept: $VARCLI_CACHE, else varcli/ in the user's cache folder."""
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "varcli"
+
+
+def fetch(
+    url: str,
+    target: Path,
+    *,
+    sha256: str | None = None,
+    attempts: int = 5,
+    timeout: float = 30.0,
+    pause: float = 1.0,
+    on_step: OnStep = ignore,
+) -> FileEntry:
+    """Fetch `url` to `target` unless it is there, and return its size and hash.
+
+    sha256: what the file must hash to; None takes what was fetched the first time and pins it. attempts: connections in a
+    row that may bring nothing. timeout: seconds without a byte. pause: seconds before the first retry, doubled each time.
+    A dropped connection goes on where it stopped, also in a later call. Raises ArtifactError if the file cannot be had,
+    IntegrityError if it is not the one expected; then nothing is left at `target`.
+    """
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise ArtifactError(f"`{url}` is not an http or https address")
+    folder = prepare_folder(target.parent, sweep=False)
+    with lock_folder(folder):
+        pinned = _pinned(target)
+        expected = sha256 or (pinned.sha256 if pinned else None)
+        if target.is_file():
+            entry = hash_file(target)
+            if expected not in (None, entry.sha256):
+                raise IntegrityError(
+                    f"`{target}` has SHA-256 {entry.sha256[:12]}..., but {expected[:12]}... is expected",
+                    "delete it to fetch it again",
+                )
+            return entry if pinned == entry else _pin(target, entry, url)
+        part = target.with_name(target.name + ".part")
+        _download(url, part, attempts, timeout, pause, on_step)
+        entry = hash_file(part)
+        if expected not in (None, entry.sha256):
+            part.unlink()
+            raise IntegrityError(
+                f"what `{url}` gave has SHA-256 {entry.sha256[:12]}..., but {expected[:12]}... is expected",
+                "it was changed on its server or on the way: do not use it",
+            )
+        publish_file(part, target)
+        _version_file(part).unlink(missing_ok=True)
+        return _pin(target, entry, url)
+
+
+def _download(url: str, part: Path, attempts: int, timeout: float, pause: float, on_step: OnStep) -> None:
+    """Bring `part` to its full length, however often the connection drops."""
+    failures = 0
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            if _receive(url, part, timeout, on_step):
+                return
+            reason: Exception | str = "the connection was closed early"
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and before:  # the part is as long as the file, or longer: begin anew
+                part.unlink()
+            elif error.code < 500:
+                raise ArtifactError(
+                    f"cannot fetch `{url}`: {error.code} {error.reason}", "is the address right?"
+                ) from None
+            reason = error
+        except _DROPPED as error:
+            reason = error
+        after = part.stat().st_size if part.exists() else 0
+        failures = 0 if after > before else failures + 1
+        if failures >= attempts:
+            raise ArtifactError(
+                f"cannot fetch `{url}`: {reason}; {after / 1e6:.1f} MB are kept",
+                "run the same command again to go on, or pass a file that you fetched yourself",
+            ) from None
+        on_step(Step(after, None, unit="bytes", message=f"connection lost ({reason}), trying again"))
+        time.sleep(pause * 2**failures)
+
+
+def _receive(url: str, part: Path, timeout: float, on_step: OnStep) -> bool:
+    """Append what the server sends; say whether the file is whole."""
+    done = part.stat().st_size if part.exists() else 0
+    version = _read_version(part) if done else None
+    headers = {"User-Agent": f"varcli/{__version__}", "Accept-Encoding": "identity"}
+    if done and version:
+        headers |= {"Range": f"bytes={done}-", "If-Range": version}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as response:
+        if response.status != 206:
+            done = 0  # the server sends all of it, or another version: begin anew
+        length = response.headers.get("Content-Length")
+        total = done + int(length) if length is not None else None
+        if done == 0:
+            write_json(
+                _version_file(part), {"version": response.headers.get("ETag") or response.headers.get("Last-Modified")}
+            )
+            prepare_folder(part.parent, need_bytes=total or 0, sweep=False)
+        with open(part, "ab" if done else "wb") as file:
+            while chunk := response.read(_CHUNK):
+                file.write(chunk)
+                done += len(chunk)
+                on_step(Step(done, total, unit="bytes"))
+    return total is None or done == total
+
+
+def _version_file(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
+
+
+def _read_version(part: Path) -> str | None:
+    try:
+        value = read_json(_version_file(part))
+    except ArtifactError:
+        return None
+    version = value.get("version") if isinstance(value, dict) else None
+    return version if isinstance(version, str) else None
+
+
+def _pin_file(target: Path) -> Path:
+    return target.with_name(target.name + ".pin.json")
+
+
+def _pinned(target: Path) -> FileEntry | None:
+    if not _pin_file(target).exists():
+        return None
+    value: Any = read_json(_pin_file(target))
+    try:
+        return FileEntry(size=int(value["size"]), sha256=str(value["sha256"]))
+    except (KeyError, TypeError, ValueError):
+        raise ArtifactError(f"`{_pin_file(target)}` is damaged", "delete it to trust what is fetched next") from None
+
+
+def _pin(target: Path, entry: FileEntry, url: str) -> FileEntry:
+    write_json(_pin_file(target), {"url": url, "size": entry.size, "sha256": entry.sha256})
+    return entry
