@@ -48,6 +48,12 @@ def replace(config: Config, values: Mapping[str, Any]) -> Config:
     return from_dict(type(config), {**_init_values(config), **values})
 
 
+def changed(config: Any) -> set[str]:
+    """Return the names of the fields that are not at their defaults."""
+    now, default = to_dict(config), to_dict(type(config)())
+    return {name for name in now if now[name] != default[name]}
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file. Raises ConfigError if it is missing or does not parse."""
     try:

@@ -44,6 +44,11 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[name]
 
 
+def precision_name(dtype: torch.dtype) -> str:
+    """The name that `resolve_precision` turns into `dtype`."""
+    return next(name for name, known in PRECISIONS.items() if known == dtype)
+
+
 def exact_convolutions() -> contextlib.AbstractContextManager:
     """Let cuDNN neither round to TF32, which is its default, nor choose kernels by trying them out."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

@@ -10,6 +10,7 @@ from varcli.data.codes import CodesCache
 from varcli.data.images import decode_images, open_images
 from varcli.data.views import DecodeConfig
 from varcli.errors import ConfigError
+from varcli.progress import Step
 from varcli.tokenizer.encode import tokenize
 from varcli.tokenizer.find import default_tokenizer, tokenizer_folder
 from varcli.tokenizer.store import load_tokenizer, save_tokenizer
@@ -73,3 +74,22 @@ def test_the_default_tokenizer_follows_from_the_size_of_the_images(tiny_tokenize
     assert default_tokenizer(40).parts[-1] == "tiny"
     assert load_tokenizer(default_tokenizer(500)).config.image_size == 64
     assert default_tokenizer(8).parts[-1] == "tiny"
+    save_tokenizer(tmp_path / "runs" / "half" / "tokenizer", tiny_tokenizer, {"step": 5, "steps": 10, "image_size": 48})
+    assert default_tokenizer(50).parts[-1] == "tiny"  # not one that is still being trained
+
+
+def test_a_rerun_takes_the_tokenizer_it_was_begun_with(tiny_tokenizer, tiny_images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tokenizer(tmp_path / "tokenizers" / "tiny", tiny_tokenizer)
+    messages: list[str] = []
+
+    def listen(step: Step) -> None:
+        messages.extend([step.message] if step.message else [])
+
+    tokenize(tiny_images, tmp_path / "codes", "tiny", workers=0, device="cpu", on_step=listen)
+    with torch.no_grad():
+        tiny_tokenizer.encoder.conv_in.bias += 1
+    save_tokenizer(tmp_path / "tokenizers" / "another", tiny_tokenizer)  # the default from now on, being first
+    assert default_tokenizer(32).parts[-1] == "another"
+    tokenize(tiny_images, tmp_path / "codes", workers=0, device="cpu", on_step=listen)
+    assert len(messages) == 2 and "tiny, with which" in messages[1]

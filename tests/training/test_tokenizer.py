@@ -70,6 +70,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny_images, tmp_path):
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
+def test_a_bare_rerun_goes_on_with_the_settings_the_run_was_begun_with(tiny_images, tmp_path):
+    begun = train_tokenizer(tiny_images, tmp_path / "run", config(), device="cpu")
+    again = train_tokenizer(tiny_images, tmp_path / "run", TokenizerTrainConfig(), device="cpu")
+    assert again.step == begun.step == 8
+    with pytest.raises(ConfigError, match="learning_rate was"):
+        train_tokenizer(tiny_images, tmp_path / "run", TokenizerTrainConfig(learning_rate=1e-3), device="cpu")
+
+
 def test_the_loss_falls_and_the_result_says_how_good_it_is(tiny_images, tmp_path):
     result = train_tokenizer(tiny_images, tmp_path / "run", config(steps=60, eval_every=60, save_every=0), device="cpu")
     found = losses(tmp_path / "run")

@@ -40,6 +40,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def contents(folder: Path) -> list[str]:
+    """Return the sorted names of what lies in a folder, its lock left out."""
+    return sorted(entry.name for entry in Path(folder).iterdir() if entry.name not in (LOCK_NAME, _OWNER_NAME))
+
+
 def _owner(folder: Path) -> str:
     try:
         owner = json.loads((folder / _OWNER_NAME).read_text(encoding="utf-8"))

@@ -38,22 +38,12 @@ def tokenize(
     json: JsonOption = False,
 ) -> None:
     """Turn images into codes, once, so that training need not."""
-    from varcli.data.images import open_images, typical_side
     from varcli.tokenizer.encode import tokenize as run
-    from varcli.tokenizer.find import default_tokenizer, tokenizer_folder
 
-    if tokenizer is not None:
-        folder = tokenizer_folder(tokenizer)
-        console.note(f"tokenizer: {folder}")
-    else:
-        tree = open_images(images, follow_links)
-        side = typical_side(tree.root, next(iter(tree.splits.values())))
-        folder = default_tokenizer(side)
-        console.note(f"tokenizer: {folder}, chosen for images of about {side} px")
     result = run(
         images,
         out,
-        folder,
+        tokenizer,
         views=views,
         max_skip=max_skip,
         follow_links=follow_links,

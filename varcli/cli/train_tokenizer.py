@@ -44,10 +44,17 @@ def train_tokenizer(
         else:
             values[key] = value
     given = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "seed": seed, "precision": precision}
-    values |= {key: value for key, value in given.items() if value is not None} | {"tokenizer": tokenizer}
+    values |= {key: value for key, value in given.items() if value is not None}
+    values |= {"tokenizer": tokenizer} if tokenizer else {}
     resolved = configs.from_dict(TokenizerTrainConfig, values)
     result = train(
-        images, out, resolved, device=device, resume=resume, on_step=console.progress("training the tokenizer")
+        images,
+        out,
+        resolved,
+        device=device,
+        resume=resume,
+        given=values.keys(),
+        on_step=console.progress("training the tokenizer"),
     )
     report = {"folder": str(result.folder / "tokenizer"), "steps": result.step, "seconds": result.seconds}
     numbers = ", ".join(

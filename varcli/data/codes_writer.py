@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from varcli.artifacts.lock import LOCK_NAME, lock_folder
+from varcli.artifacts.lock import contents, lock_folder
 from varcli.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, hash_file, write_manifest
 from varcli.artifacts.verify import read_json, read_json_lines, read_manifest
 from varcli.artifacts.write import append_json_line, prepare_folder, write_json, write_tensors, write_text
@@ -248,8 +248,7 @@ class CodesWriter(contextlib.AbstractContextManager["CodesWriter"]):
         if (self.out / _PLAN_NAME).exists():
             self._require_same(read_json(self.out / _PLAN_NAME))
         else:
-            known = {LOCK_NAME, ".lock-owner.json"}
-            foreign = sorted(path.name for path in self.out.iterdir() if path.name not in known)
+            foreign = contents(self.out)
             if foreign:
                 raise ArtifactError(
                     f"`{self.out}` is not empty and holds no codes cache: `{escape_path(foreign[0])}`",
@@ -306,3 +305,12 @@ class CodesWriter(contextlib.AbstractContextManager["CodesWriter"]):
 def images_name(split: str) -> str:
     """Name of the file that lists a split's images."""
     return f"{split}-images.txt"
+
+
+def begun_with(out: Path) -> str | None:
+    """Return the fingerprint of the tokenizer that the cache in `out`, finished or not, was begun with; None if none was."""
+    if (Path(out) / MANIFEST_NAME).exists():
+        return str(read_manifest(Path(out), CODES_KIND).info["tokenizer"])
+    if (Path(out) / _PLAN_NAME).exists():
+        return str(read_json(Path(out) / _PLAN_NAME)["tokenizer"])
+    return None

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import numpy as np
-
-from varcli.data.decode import UnusableImage, load_image
 from varcli.data.emoji import EMOJI64_CLASSES, EMOJI64_FLIP_CLASSES
+from varcli.data.images import ImageTree, probe_sizes
 from varcli.data.views import DecodeConfig
-
-if TYPE_CHECKING:
-    from varcli.data.images import ImageTree, Split
-
-_NUM_PROBED = 16  # images looked at, spread over the first split
 
 
 def default_decode(tree: ImageTree, size: int, views: int = 1, seed: int = 0) -> dict[str, DecodeConfig]:
@@ -25,8 +16,9 @@ def default_decode(tree: ImageTree, size: int, views: int = 1, seed: int = 0) ->
     """
     train = next(iter(tree.splits))
     flips = EMOJI64_FLIP_CLASSES if tree.classes == EMOJI64_CLASSES else ()
-    whole = _have_size(tree, tree.splits[train], size)
-    fill = (255, 255, 255) if tree.splits[train].pixels is None else (0, 0, 0)
+    split = tree.splits[train]
+    whole = split.pixels is not None or set(probe_sizes(tree.root, split)) == {(size, size)}
+    fill = (255, 255, 255) if split.pixels is None else (0, 0, 0)
     configs = {}
     for name in tree.splits:
         if whole:
@@ -37,15 +29,3 @@ def default_decode(tree: ImageTree, size: int, views: int = 1, seed: int = 0) ->
         flipped = flips if augment == "shift" or crop == "random" else ()
         configs[name] = DecodeConfig(size=size, crop=crop, augment=augment, flip_classes=flipped, fill=fill, seed=seed)
     return configs
-
-
-def _have_size(tree: ImageTree, split: Split, size: int) -> bool:
-    if split.pixels is not None:
-        return True
-    sizes = set()
-    for index in np.linspace(0, len(split) - 1, min(_NUM_PROBED, len(split))).astype(int):
-        try:
-            sizes.add(load_image(tree.root / split.paths[index])[0].size)
-        except UnusableImage:
-            continue  # reported when all are read
-    return sizes == {(size, size)}

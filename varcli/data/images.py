@@ -205,13 +205,19 @@ class _Scan:
 
 def typical_side(root: Path, split: Split) -> int:
     """Return the median shorter side, in pixels, of a few images spread over a split; 0 if none of them can be read."""
+    sides = [min(size) for size in probe_sizes(root, split)]
+    return int(np.median(sides)) if sides else 0
+
+
+def probe_sizes(root: Path, split: Split) -> list[tuple[int, int]]:
+    """Return (width, height) of a few images spread over a split, those that can be read."""
     if split.pixels is not None:
-        return min(split.pixels.shape[1:])
-    sides = []
+        return [split.pixels.shape[:0:-1]]
+    sizes = []
     for index in np.linspace(0, len(split) - 1, min(_NUM_PROBED, len(split))).astype(int):
         with contextlib.suppress(UnusableImage):  # reported when all are read
-            sides.append(min(load_image(root / split.paths[index])[0].size))
-    return int(np.median(sides)) if sides else 0
+            sizes.append(load_image(root / split.paths[index])[0].size)
+    return sizes
 
 
 def _list(folder: Path) -> list[os.DirEntry[str]]:

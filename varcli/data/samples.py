@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from PIL import Image
 
-from varcli.artifacts.lock import LOCK_NAME, lock_folder
+from varcli.artifacts.lock import contents, lock_folder
 from varcli.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, hash_file, write_manifest
 from varcli.artifacts.verify import read_json, read_manifest
 from varcli.artifacts.write import atomic_path, prepare_folder, write_bytes, write_json
@@ -258,11 +258,10 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
             begun = read_json(self.out / _PLAN_NAME)
         else:
             begun = self.settings
-            known = (LOCK_NAME, ".lock-owner.json")
-            foreign = [path.name for path in self.out.iterdir() if path.name not in known]
+            foreign = contents(self.out)
             if foreign:
                 raise ArtifactError(
-                    f"`{self.out}` is not empty and holds no samples: `{escape_path(min(foreign))}`",
+                    f"`{self.out}` is not empty and holds no samples: `{escape_path(foreign[0])}`",
                     "choose another --out",
                 )
             write_json(self.out / _PLAN_NAME, self.settings)

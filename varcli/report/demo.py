@@ -115,8 +115,7 @@ class _Demo:
             unpack_emoji64(self.images)
         words = ("tokenize", self.images, "--out", self.codes, "--tokenizer", MODEL)
         with self._stage("turn images into codes", *words) as on_step:
-            tokenizer = find_model(MODEL).folder / "tokenizer"
-            tokenize(self.images, self.codes, tokenizer, device=device, on_step=on_step)
+            tokenize(self.images, self.codes, MODEL, device=device, on_step=on_step)
         training = self._train()
         pictures = {name: self._draw(name, source) for name, source in self._models().items()}
         results = {name: self._measure(name) for name in self._models()}

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from varcli.data.codes_writer import CodesPlan, CodesWriter
+from varcli.data.codes_writer import CodesPlan, CodesWriter, begun_with
 from varcli.data.defaults import default_decode
-from varcli.data.images import decode_images, open_images
+from varcli.data.images import ImageTree, decode_images, open_images, typical_side
 from varcli.devices import exact_convolutions, resolve_device
 from varcli.progress import OnStep, Step, ignore
+from varcli.tokenizer.find import default_tokenizer, find_tokenizer, tokenizer_folder
 from varcli.tokenizer.store import load_tokenizer
 
 _VALIDATION_VIEWS = 1
@@ -33,7 +34,7 @@ class TokenizeResult:
 def tokenize(
     images: Path,
     out: Path,
-    tokenizer: Path,
+    tokenizer: Path | str | None = None,
     *,
     views: int = 1,
     max_skip: int | None = None,
@@ -44,17 +45,21 @@ def tokenize(
     device: str = "auto",
     on_step: OnStep = ignore,
 ) -> TokenizeResult:
-    """Encode an image tree with the tokenizer in folder `tokenizer` into a codes cache in `out`.
+    """Encode an image tree into a codes cache in `out`.
 
-    views: stored views of a training image; the "val" split always has one. max_skip: unusable images tolerated, None
-    is 100 or 0.1 %. Codes are computed in float32 without TF32, in batches that never cross a shard, so that a rerun,
-    which goes on at the first missing shard, meets the same batches. Raises DataError for images that cannot be used,
-    ConfigError if `out` was begun with other settings, ArtifactError if it cannot be written.
+    tokenizer: a folder or name, see `tokenizer_folder`; None takes the one that `out` was begun with, else the one that
+    fits the images' size, and tells `on_step` which. views: stored views of a training image; the "val" split always has
+    one. max_skip: unusable images tolerated, None is 100 or 0.1 %. Codes are computed in float32 without TF32, in batches
+    that never cross a shard, so that a rerun, which goes on at the first missing shard, meets the same batches.
+    Raises DataError for images that cannot be used, ConfigError if `out` was begun with other settings, ArtifactError if
+    it cannot be written.
     """
     where = resolve_device(device)
-    model = load_tokenizer(tokenizer, where)
-    config = model.config
     tree = open_images(images, follow_links)
+    folder, reason = _choose_tokenizer(tokenizer, Path(out), tree)
+    on_step(Step(0, None, unit="views", message=f"tokenizer: {folder}{reason}"))
+    model = load_tokenizer(folder, where)
+    config = model.config
     decode = default_decode(tree, config.image_size, views, seed)
     splits = list(tree.splits)
     plan = CodesPlan(
@@ -92,3 +97,14 @@ def tokenize(
         converted={str(note): int(count) for note, count in manifest.info["converted"].items()},
         classes=tuple(manifest.info["classes"]),
     )
+
+
+def _choose_tokenizer(given: Path | str | None, out: Path, tree: ImageTree) -> tuple[Path, str]:
+    """The tokenizer's folder, and why it was chosen if it was not named."""
+    if given is not None:
+        return tokenizer_folder(given), ""
+    begun = begun_with(out)
+    if begun is not None:
+        return find_tokenizer(begun), f", with which `{out}` was begun"
+    side = typical_side(tree.root, next(iter(tree.splits.values())))
+    return default_tokenizer(side), f", chosen for images of about {side} px"

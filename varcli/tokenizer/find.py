@@ -68,9 +68,11 @@ def default_tokenizer(side: int) -> Path:
     """Choose the tokenizer for images whose shorter side is `side` pixels, where none is named.
 
     The one for the largest pictures not above that side; of equals the user's before varcli's own. If all are for
-    larger pictures, the smallest of them. Raises ArtifactError if there is none.
+    larger pictures, the smallest of them. One whose training has not ended is not chosen. Raises ArtifactError if there
+    is none.
     """
-    found = [(int(read_manifest(folder, KIND).info["image_size"]), folder) for folder in known_tokenizers()]
+    infos = [(read_manifest(folder, KIND).info, folder) for folder in known_tokenizers()]
+    found = [(int(info["image_size"]), folder) for info, folder in infos if info.get("step") == info.get("steps")]
     if not found:
         raise ArtifactError(
             "there is no tokenizer: models/, tokenizers/ and runs/ hold none, and this varcli comes without one",

@@ -290,7 +290,8 @@ class _Loop:
     def _publish(self) -> None:
         best = self.result.best
         is_best = best is not None and best["step"] == self.result.step
-        info = {**self.info, "step": self.result.step, "validation_loss": best["loss"] if is_best else None}
+        info = {**self.info, "step": self.result.step, "steps": self.config.steps}
+        info["validation_loss"] = best["loss"] if is_best else None
         self.trainer.publish(self.run_folder.path / self.trainer.published, info)
 
     def _is_save_time(self) -> bool:

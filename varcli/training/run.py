@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from varcli.artifacts.lock import LOCK_NAME, lock_folder
+from varcli import config as configs
+from varcli.artifacts.lock import contents, lock_folder
 from varcli.artifacts.manifest import MANIFEST_NAME, Manifest, describe_process, digest_json
 from varcli.artifacts.verify import read_checked_bytes, read_json, read_manifest, verify_folder
 from varcli.artifacts.write import atomic_folder, prepare_folder, write_bytes, write_json
+from varcli.config import Config
 from varcli.errors import ArtifactError, ConfigError, unknown_name
 from varcli.training.checkpoint import RESUME_MODES, find_checkpoint
 
 CONFIG_NAME = "config.json"
-_PLUMBING = {LOCK_NAME, ".lock-owner.json"}
 
 
 class RunFolder:
@@ -28,7 +30,7 @@ class RunFolder:
             raise ArtifactError(f"`{path / CONFIG_NAME}` is not a run's config", "choose another --out")
         self.stored: dict[str, Any] | None = stored
         if stored is None:
-            foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in _PLUMBING)
+            foreign = contents(path)
             if foreign:
                 raise ArtifactError(f"`{path}` is not empty and holds no run: {foreign[0]!r}", "choose another --out")
         elif resume == "never":
@@ -101,6 +103,12 @@ def open_run(path: Path, resume: str = "auto") -> Iterator[RunFolder]:
     with lock_folder(path):
         prepare_folder(path)
         yield RunFolder(path, resume)
+
+
+def keep_stored(config: Config, stored: Mapping[str, Any] | None, given: Collection[str]) -> Config:
+    """Return `config` with every setting that is not among `given` as in `stored`, the config the run was begun with."""
+    names = {field.name for field in dataclasses.fields(config)} - set(given)  # type: ignore[arg-type]
+    return configs.replace(config, {name: value for name, value in (stored or {}).items() if name in names})
 
 
 def copy_artifact(source: Path, target: Path, kind: str) -> Manifest:

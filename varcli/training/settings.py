@@ -12,6 +12,7 @@ from varcli import config as configs
 from varcli.errors import ConfigError
 from varcli.training.loop import LoopConfig
 from varcli.training.recipes import choose_recipe
+from varcli.training.run import keep_stored
 from varcli.training.schedules import Schedule, find_shape
 from varcli.transformer import TransformerConfig
 
@@ -133,13 +134,8 @@ def resolve(
     stored: the config a resumed run was begun with: what is open now is what it was then. given: names of settings that
     are not open; None takes those that differ from the defaults. Raises ConfigError if the result does not fit together.
     """
-    if stored is not None:
-        defaults, wanted = configs.to_dict(TrainConfig()), configs.to_dict(config)
-        fixed = {name for name in wanted if wanted[name] != defaults[name]} if given is None else set(given)
-        if "epochs" in fixed:
-            fixed.add("steps")
-        kept = {name: stored[name] for name in wanted if name in stored and name not in fixed}
-        config = configs.replace(config, kept)
+    fixed = configs.changed(config) if given is None else set(given)
+    config = keep_stored(config, stored, fixed | ({"steps"} if "epochs" in fixed else set()))
     recipe = choose_recipe(config.depth, device_type)
     batch_size = config.batch_size or (
         min(recipe.batch_size, num_images) if recipe.max_steps is not None else recipe.batch_size

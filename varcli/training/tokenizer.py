@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from varcli.data.batches import ShuffledOrder
 from varcli.data.defaults import default_decode
 from varcli.data.images import ImageTree, decode_images, open_images
 from varcli.data.samples import make_grid
-from varcli.devices import resolve_device, resolve_precision
+from varcli.devices import precision_name, resolve_device, resolve_precision
 from varcli.errors import DataError
 from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer.health import count_codes, restart_dead_codes
@@ -27,7 +27,7 @@ from varcli.tokenizer.store import KIND, save_tokenizer
 from varcli.training.ema import Ema
 from varcli.training.loop import LoopConfig, Trainer, run_training
 from varcli.training.optim import Updater, build_adamw
-from varcli.training.run import open_run
+from varcli.training.run import keep_stored, open_run
 from varcli.training.schedules import Schedule
 from varcli.training.state import Parts
 from varcli.training.tokenizer_objective import (
@@ -176,20 +176,26 @@ def train_tokenizer(
     *,
     device: str = "auto",
     resume: str = "auto",
+    given: Collection[str] | None = None,
     on_step: OnStep = ignore,
 ) -> TokenizerTrainResult:
     """Train a tokenizer on a folder of images, into a run folder; go on with a run begun there.
 
     images: an image tree; a "val" split, if there is one, is held out and measured on. The tokenizer is written to
-    `out/tokenizer` with each checkpoint. Raises DataError for images that cannot be used or fewer than a batch,
-    ConfigError for settings that differ from the run's, and what `run_training` raises.
+    `out/tokenizer` with each checkpoint. given: names of settings that a resumed run must have been begun with, None means
+    those that are not at their defaults; it keeps the others.
+    Raises DataError for images that cannot be used or fewer than a batch, ConfigError for settings that differ from the
+    run's, and what `run_training` raises.
     """
     config = config or TokenizerTrainConfig()
+    fixed = configs.changed(config) if given is None else given
     where = resolve_device(device)
     tree = open_images(images, allow_single_class=True)
     names = list(tree.splits)
     train = "train" if "train" in names else names[0]
     with open_run(out, resume) as run:
+        config = keep_stored(config, run.config, fixed)
+        config = replace(config, precision=precision_name(resolve_precision(config.precision, where)))
         listing = hashlib.sha256("\n".join(tree.splits[train].paths).encode("utf-8", "surrogateescape")).hexdigest()
         run.settle(KIND, configs.to_dict(config), {"images": listing}, LoopConfig.FREE - {"steps"})
         pixels = read_pixels(tree, train, config.tokenizer.image_size, on_step).to(where)

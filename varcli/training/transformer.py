@@ -14,7 +14,7 @@ from varcli import config as configs
 from varcli.artifacts.verify import read_manifest, verify_folder
 from varcli.artifacts.write import prepare_folder
 from varcli.data.codes import CodesCache, CodesSplit, require_tokenizer
-from varcli.devices import PRECISIONS, resolve_device, resolve_precision
+from varcli.devices import precision_name, resolve_device, resolve_precision
 from varcli.errors import ArtifactError
 from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer.find import find_tokenizer, tokenizer_folder
@@ -79,7 +79,7 @@ def train_transformer(
             num_images=len(train.sources.unique()),
             has_validation=validation is not None,
             device_type=where.type,
-            precision=_precision_name(resolve_precision(config.precision, where)),
+            precision=precision_name(resolve_precision(config.precision, where)),
             stored=run.config,
             given=given,
         )
@@ -139,10 +139,6 @@ def _choose_tokenizer(cache: CodesCache, out: Path, given: Path | str | None) ->
         if manifest.info.get("fingerprint") == cache.tokenizer and not verify_folder(own, manifest):
             return own
     return find_tokenizer(cache.tokenizer)
-
-
-def _precision_name(dtype: torch.dtype) -> str:
-    return next(name for name, entry in PRECISIONS.items() if entry == dtype)
 
 
 @contextlib.contextmanager
