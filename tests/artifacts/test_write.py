@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,3 +103,23 @@ def test_leftovers_of_a_killed_run_are_swept_unless_somebody_may_still_write(tmp
     assert len(list(tmp_path.iterdir())) == 2
     prepare_folder(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_whose_replacement_was_killed_halfway_comes_back(tmp_path, monkeypatch):
+    def killed(source, target):
+        rename(source, target)
+        if Path(target).name.endswith(".old"):
+            raise KeyboardInterrupt
+
+    for content in ("first", "second"):
+        with atomic_folder(tmp_path / "made") as temporary:
+            write_text(temporary / "text", content)
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "made") as temporary:
+        write_text(temporary / "text", "third")
+    monkeypatch.undo()
+    assert not (tmp_path / "made").exists()
+    prepare_folder(tmp_path)
+    assert (tmp_path / "made" / "text").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]

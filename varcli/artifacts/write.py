@@ -19,6 +19,7 @@ from typing import Any
 from varcli.errors import ArtifactError
 
 TEMPORARY_PREFIX = ".tmp-"
+_OLD_SUFFIX = ".old"  # of a folder that is being replaced
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -110,8 +111,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`; on a clean exit it takes that folder's place, old content and all.
 
     The body writes its files through this module, so they are on disk by then. The temporary folder is removed if the
-    body raises. A kill between the two renames leaves no `folder` at all, never a mixture. Raises ArtifactError if the
-    disk is full or not writable.
+    body raises. A kill between the two renames leaves no `folder` but its old content beside it, which the next
+    `prepare_folder` puts back. Raises ArtifactError if the disk is full or not writable.
     """
     folder = Path(folder)
     try:
@@ -123,7 +124,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         if folder.exists():
-            old = temporary.with_name(f"{temporary.name}-old")
+            old = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}{_OLD_SUFFIX}")
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)
             os.replace(temporary, folder)
             shutil.rmtree(old, ignore_errors=True)
@@ -139,17 +141,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 def prepare_folder(folder: Path, need_bytes: int = 0, sweep: bool = True) -> Path:
     """Make `folder` and prove, before any compute, that it can be written and has room for `need_bytes`.
 
-    sweep: remove leftover temporary files of a killed run; False where another process may be writing there still.
+    sweep: clear up after a killed run; False where another process may be writing there still.
     Raises ArtifactError with path and reason.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f"{TEMPORARY_PREFIX}*") if sweep else ():
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+            _clear(leftover)
         with tempfile.TemporaryFile(prefix=TEMPORARY_PREFIX, dir=folder) as probe:
             probe.write(b"probe")
         free_bytes = shutil.disk_usage(folder).free
@@ -163,6 +162,17 @@ def prepare_folder(folder: Path, need_bytes: int = 0, sweep: bool = True) -> Pat
             "free some space or choose another --out",
         )
     return folder
+
+
+def _clear(leftover: Path) -> None:
+    """Remove what a killed run left, or put a folder back that it had moved away and not replaced yet."""
+    target = leftover.with_name(leftover.name.removeprefix(TEMPORARY_PREFIX).removesuffix(_OLD_SUFFIX))
+    if leftover.name.endswith(_OLD_SUFFIX) and not target.exists():
+        os.replace(leftover, target)
+    elif leftover.is_dir() and not leftover.is_symlink():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        leftover.unlink(missing_ok=True)
 
 
 def publish_file(part: Path, target: Path) -> None:
