@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from released_names import released_tokenizer_state, released_transformer_state
 
 from varcli.artifacts.manifest import write_manifest
@@ -141,7 +142,7 @@ def test_an_edited_manifest_is_noticed(model):
     ("make", "error", "message"),
     [
         (lambda path: None, ArtifactError, "does not exist"),
-        (lambda path: path.mkdir(), ArtifactError, "holds neither an artefact of varcli nor images"),
+        (lambda path: path.mkdir(), ArtifactError, "is no artefact of varcli"),
         (lambda path: path.write_text("hello, world"), UnsafeFileError, "no format that varcli reads"),
         (lambda path: path.write_bytes(b""), ArtifactError, "is empty"),
     ],
@@ -155,3 +156,12 @@ def test_what_is_nothing_known_is_said_to_be_so(tmp_path, make, error, message):
 def test_describing_needs_no_torch(model):
     code = "import sys; from varcli.report.describe import describe; describe(sys.argv[1]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(model)], check=True)
+
+
+def test_an_image_is_an_image(tmp_path):
+    Image.new("CMYK", (30, 20)).save(tmp_path / "photo.jpg")
+    found = describe(tmp_path / "photo.jpg")
+    assert (found.kind, found.facts["size"]) == ("image", [30, 20])
+    (tmp_path / "text.jpg").write_text("not an image")
+    with pytest.raises(ArtifactError, match="is no image"):
+        describe(tmp_path / "text.jpg")

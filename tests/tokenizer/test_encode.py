@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from varcli.artifacts.verify import read_manifest
 from varcli.data.codes import CodesCache
 from varcli.data.images import decode_images, open_images
 from varcli.data.views import DecodeConfig
-from varcli.errors import ConfigError
+from varcli.errors import ArtifactError, ConfigError
 from varcli.progress import Step
 from varcli.tokenizer.encode import tokenize
 from varcli.tokenizer.find import default_tokenizer, tokenizer_folder
@@ -93,3 +95,25 @@ def test_a_rerun_takes_the_tokenizer_it_was_begun_with(tiny_tokenizer, tiny_imag
     assert default_tokenizer(32).parts[-1] == "another"
     tokenize(tiny_images, tmp_path / "codes", workers=0, device="cpu", on_step=listen)
     assert len(messages) == 2 and "tiny, with which" in messages[1]
+
+
+def test_only_images_that_gave_rows_are_counted_and_empty_classes_are_told(folder, tiny_images, tmp_path):
+    messages: list[str] = []
+
+    def listen(step: Step) -> None:
+        messages.extend([step.message] if step.message else [])
+
+    shutil.copy(next(tiny_images.rglob("*.png")), tiny_images / "train" / "loose.png")
+    (tiny_images / "train" / "empty").mkdir()
+    result = tokenize(tiny_images, tmp_path / "codes", folder, workers=0, device="cpu", on_step=listen)
+    assert (result.num_images, result.num_rows, result.num_skipped) == (21, 21, 1)
+    assert any("`empty` has no image" in message for message in messages)
+    with pytest.raises(ConfigError, match="at least 1"):
+        tokenize(tiny_images, tmp_path / "other", folder, batch_size=-3)
+
+
+def test_a_folder_named_by_mistake_stays_as_it_is(folder, tiny_images):
+    before = sorted(tiny_images.rglob("*"))
+    with pytest.raises(ArtifactError, match="holds no codes cache"):
+        tokenize(tiny_images, tiny_images, folder, workers=0, device="cpu")
+    assert sorted(tiny_images.rglob("*")) == before

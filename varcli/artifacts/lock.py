@@ -6,14 +6,15 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from varcli.errors import LockedError
+from varcli.artifacts.write import TEMPORARY_PREFIX, prepare_folder
+from varcli.errors import ArtifactError, LockedError
 
 LOCK_NAME = ".lock"
 _OWNER_NAME = ".lock-owner.json"
@@ -40,9 +41,22 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def contents(folder: Path) -> list[str]:
-    """Return the sorted names of what lies in a folder, its lock left out."""
-    return sorted(entry.name for entry in Path(folder).iterdir() if entry.name not in (LOCK_NAME, _OWNER_NAME))
+@contextmanager
+def hold_folder(folder: Path, signs: Collection[str], what: str) -> Iterator[None]:
+    """Make `folder` or open one made earlier, and hold it for writing, swept of what a killed run left half-written.
+
+    signs: names of which an earlier one holds at least one; a folder that holds none of them, but something else, is not
+    ours and stays as it is. what: it, for the message. Raises ArtifactError for such a folder or one that cannot be
+    written, LockedError if another process has it.
+    """
+    prepare_folder(folder, sweep=False)  # another process may be writing here: that is for the lock to say
+    names = sorted(entry.name for entry in folder.iterdir())
+    names = [name for name in names if not name.startswith((LOCK_NAME, TEMPORARY_PREFIX))]
+    if names and not set(signs) & set(names):
+        raise ArtifactError(f"`{folder}` is not empty and holds no {what}: {names[0]!r}", "choose another --out")
+    with lock_folder(folder):
+        prepare_folder(folder)
+        yield
 
 
 def _owner(folder: Path) -> str:

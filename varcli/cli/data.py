@@ -39,7 +39,7 @@ def data(
     if out is not None:
         raise ConfigError("`--out` is for unpacking a dataset, but a folder was given", f"known: {', '.join(DATASETS)}")
     tree = open_images(folder, allow_single_class=True)
-    _show(tree, json, f"{folder}: {tree.num_images} images in {len(tree.classes)} classes")
+    _show(tree, json, f"{folder}: {tree.summary}")
     if len(tree.classes) < 2:
         console.note("one class only: training needs at least two")
 

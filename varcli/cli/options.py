@@ -20,10 +20,12 @@ PrecisionOption = Annotated[
 SeedOption = Annotated[int, Option("--seed", help="Seed of everything random.")]
 JsonOption = Annotated[bool, Option("--json", help="Print the result as JSON.", show_default=False)]
 WorkersOption = Annotated[
-    int | None, Option("--workers", help="Processes that decode images; default: one a core.", show_default=False)
+    int | None,
+    Option("--workers", min=0, max=256, help="Processes that decode images; default: one a core.", show_default=False),
 ]
 BatchSizeOption = Annotated[
-    int | None, Option("--batch-size", help="Images at a time; default: chosen for the device.", show_default=False)
+    int | None,
+    Option("--batch-size", min=1, help="Images at a time; default: chosen for the device.", show_default=False),
 ]
 ModelOption = Annotated[
     str | None,

@@ -18,6 +18,8 @@ from varcli.cli.options import (
     WorkersOption,
 )
 
+_MANY_IMAGES = 100_000  # from which the published sizes of transformers make sense
+
 
 def tokenize(
     images: Annotated[Path, Argument(help="Folder of images: class folders, with or without train/ and val/ above.")],
@@ -61,11 +63,12 @@ def tokenize(
         "converted": result.converted,
         "classes": len(result.classes),
     }
-    text = (
-        f"{result.num_rows:,} rows of codes from {result.num_images:,} images in {len(result.classes)} classes: {out}"
-    )
+    images_of = f"{result.num_images:,} images in {len(result.classes):,} classes"
+    text = f"{result.num_rows:,} rows of codes from {images_of}: {out}"
     if result.num_skipped:
         text += f"; {result.num_skipped} images were skipped, see {out}/manifest.json"
     console.report(value, json, text)
     if not json:
-        console.note(f"next: varcli train {out} --depth 16")
+        # 16 is the smallest published depth; it is far too large for a small folder
+        depth = 16 if result.num_images >= _MANY_IMAGES else 6
+        console.note(f"next: varcli train {out} --depth {depth}")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from varcli.artifacts.lock import contents, lock_folder
+from varcli.artifacts.lock import hold_folder
 from varcli.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, hash_file, write_manifest
 from varcli.artifacts.verify import read_json, read_json_lines, read_manifest
 from varcli.artifacts.write import append_json_line, prepare_folder, write_json, write_tensors, write_text
@@ -110,10 +110,8 @@ class CodesWriter(contextlib.AbstractContextManager["CodesWriter"]):
         self.finished: Manifest | None = None  # set when the cache is complete
 
     def __enter__(self) -> Self:
-        prepare_folder(self.out, sweep=False)  # another process may be writing here: that is for the lock to say
-        self._stack.enter_context(lock_folder(self.out))
+        self._stack.enter_context(hold_folder(self.out, {MANIFEST_NAME, _PLAN_NAME}, "codes cache"))
         try:
-            prepare_folder(self.out)
             self._resume()
             rows = sum(len(self.missing(name)) * self.plan.views[name] for name in self.tree.splits)
             prepare_folder(self.out, need_bytes=rows * (2 * self.plan.seq_len + 8))
@@ -248,12 +246,6 @@ class CodesWriter(contextlib.AbstractContextManager["CodesWriter"]):
         if (self.out / _PLAN_NAME).exists():
             self._require_same(read_json(self.out / _PLAN_NAME))
         else:
-            foreign = contents(self.out)
-            if foreign:
-                raise ArtifactError(
-                    f"`{self.out}` is not empty and holds no codes cache: `{escape_path(foreign[0])}`",
-                    "choose another --out",
-                )
             write_json(self.out / _PLAN_NAME, self._settings)
         for name, listing in self._listings.items():
             write_text(self.out / images_name(name), listing)

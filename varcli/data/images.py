@@ -64,6 +64,17 @@ class ImageTree:
         """Images of all splits."""
         return sum(len(split) for split in self.splits.values())
 
+    @property
+    def summary(self) -> str:
+        """How many images in how many classes, e.g. "20 images in 1 class"."""
+        images, classes = self.num_images, len(self.classes)
+        return f"{images:,} image{'s'[: images != 1]} in {classes:,} class{'es' if classes != 1 else ''}"
+
+    def empty_classes(self) -> list[str]:
+        """Return the classes without a training image."""
+        counts = np.bincount(next(iter(self.splits.values())).labels, minlength=len(self.classes))
+        return [name for name, count in zip(self.classes, counts, strict=True) if not count]
+
     def class_counts(self) -> dict[str, dict[str, int]]:
         """Return the number of images of each class in each split."""
         bins = {

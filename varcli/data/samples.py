@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from PIL import Image
 
-from varcli.artifacts.lock import contents, lock_folder
+from varcli.artifacts.lock import hold_folder
 from varcli.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, hash_file, write_manifest
 from varcli.artifacts.verify import read_json, read_manifest
-from varcli.artifacts.write import atomic_path, prepare_folder, write_bytes, write_json
+from varcli.artifacts.write import atomic_path, write_bytes, write_json
 from varcli.data.decode import SUFFIXES, UnusableImage, load_image
 from varcli.data.paths import escape_path
 from varcli.errors import ArtifactError, ConfigError, DataError, ShapeError
@@ -192,10 +192,8 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
         self._present: set[str] = set()
 
     def __enter__(self) -> Self:
-        prepare_folder(self.out, sweep=False)  # another process may be writing here: that is for the lock to say
-        self._stack.enter_context(lock_folder(self.out))
+        self._stack.enter_context(hold_folder(self.out, {MANIFEST_NAME, _PLAN_NAME}, "samples"))
         try:
-            prepare_folder(self.out)
             self._resume()
         except BaseException:
             self._stack.close()
@@ -258,12 +256,6 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
             begun = read_json(self.out / _PLAN_NAME)
         else:
             begun = self.settings
-            foreign = contents(self.out)
-            if foreign:
-                raise ArtifactError(
-                    f"`{self.out}` is not empty and holds no samples: `{escape_path(foreign[0])}`",
-                    "choose another --out",
-                )
             write_json(self.out / _PLAN_NAME, self.settings)
         changed = [key for key in sorted({*begun, *self.settings}) if begun.get(key) != self.settings.get(key)]
         if changed:

@@ -21,6 +21,7 @@ from varcli.artifacts.verify import (
     read_tensor_header,
     verify_folder,
 )
+from varcli.data.decode import SUFFIXES, UnusableImage, load_image
 from varcli.data.images import open_images
 from varcli.errors import ArtifactError, DataError, IntegrityError
 
@@ -54,6 +55,8 @@ def describe(path: Path, verify: bool = False) -> Description:
         raise ArtifactError(f"`{path}` does not exist")
     if path.suffix == ".npz":
         return _describe_arrays(path)
+    if path.suffix.lower() in SUFFIXES:
+        return _describe_image(path)
     return _describe_pickle(path) if file_kind(path) == "pickle" else _describe_tensors(path)
 
 
@@ -71,14 +74,14 @@ def _describe_folder(folder: Path, verify: bool) -> Description:
         tree = open_images(folder, allow_single_class=True)
     except DataError as error:
         raise ArtifactError(
-            f"`{folder}` holds neither an artefact of varcli nor images: {error}",
-            "a folder without manifest.json may be unfinished: the command that makes it resumes when run again",
+            f"`{folder}` is no artefact of varcli, for which it lacks manifest.json, nor a folder of images: {error}",
+            error.hint or "an artefact may be unfinished: the command that makes it resumes when run again",
         ) from None
     counts = {name: len(split) for name, split in tree.splits.items()}
     return Description(
         path=folder,
         kind="images",
-        summary=f"{tree.num_images:,} images in {len(tree.classes)} classes",
+        summary=tree.summary,
         facts={"splits": counts, "classes": list(tree.classes), "skipped": len(tree.skipped)},
     )
 
@@ -217,6 +220,17 @@ def _describe_pickle(path: Path) -> Description:
     what = facts.get("content")
     summary = "a .pth file, not unpickled" + (f": {what}; `varcli import` reads it" if what else "")
     return Description(path=path, kind="pickle", summary=summary, facts=facts)
+
+
+def _describe_image(path: Path) -> Description:
+    try:
+        image, notes = load_image(path)
+    except UnusableImage as error:
+        raise ArtifactError(f"`{path}` is no image that varcli can use: {error}") from None
+    facts = {"size": list(image.size), "converted": list(notes)}
+    return Description(
+        path=path, kind="image", summary=f"an image of {image.width} x {image.height} pixels", facts=facts
+    )
 
 
 def _describe_arrays(path: Path) -> Description:

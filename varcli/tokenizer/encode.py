@@ -11,7 +11,9 @@ import torch
 from varcli.data.codes_writer import CodesPlan, CodesWriter, begun_with
 from varcli.data.defaults import default_decode
 from varcli.data.images import ImageTree, decode_images, open_images, typical_side
+from varcli.data.paths import escape_path
 from varcli.devices import exact_convolutions, resolve_device
+from varcli.errors import ConfigError
 from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer.find import default_tokenizer, find_tokenizer, tokenizer_folder
 from varcli.tokenizer.store import load_tokenizer
@@ -54,10 +56,14 @@ def tokenize(
     Raises DataError for images that cannot be used, ConfigError if `out` was begun with other settings, ArtifactError if
     it cannot be written.
     """
+    if (batch_size is not None and batch_size < 1) or views < 1:
+        raise ConfigError("batch_size and views must be at least 1")
     where = resolve_device(device)
     tree = open_images(images, follow_links)
     folder, reason = _choose_tokenizer(tokenizer, Path(out), tree)
     on_step(Step(0, None, unit="views", message=f"tokenizer: {folder}{reason}"))
+    for name in tree.empty_classes():
+        on_step(Step(0, None, unit="views", message=f"warning: class `{escape_path(name)}` has no image to train on"))
     model = load_tokenizer(folder, where)
     config = model.config
     decode = default_decode(tree, config.image_size, views, seed)
@@ -87,12 +93,11 @@ def tokenize(
                     done += len(batch.requested) * plan.views[split]
                     on_step(Step(done, total, unit="views"))
         manifest = writer.finish(max_skip)
-    sizes = manifest.info["splits"].values()
     num_skipped = len(manifest.info["skipped"])
     return TokenizeResult(
         folder=Path(out),
-        num_images=sum(int(entry["images"]) for entry in sizes) - num_skipped,
-        num_rows=sum(int(entry["rows"]) for entry in sizes),
+        num_images=tree.num_images - (num_skipped - len(tree.skipped)),  # which were not counted in the first place
+        num_rows=sum(int(entry["rows"]) for entry in manifest.info["splits"].values()),
         num_skipped=num_skipped,
         converted={str(note): int(count) for note, count in manifest.info["converted"].items()},
         classes=tuple(manifest.info["classes"]),

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from varcli import config as configs
-from varcli.artifacts.lock import contents, lock_folder
+from varcli.artifacts.lock import hold_folder
 from varcli.artifacts.manifest import MANIFEST_NAME, Manifest, describe_process, digest_json
 from varcli.artifacts.verify import read_checked_bytes, read_json, read_manifest, verify_folder
-from varcli.artifacts.write import atomic_folder, prepare_folder, write_bytes, write_json
+from varcli.artifacts.write import atomic_folder, write_bytes, write_json
 from varcli.config import Config
 from varcli.errors import ArtifactError, ConfigError, unknown_name
 from varcli.training.checkpoint import RESUME_MODES, find_checkpoint
@@ -29,11 +29,7 @@ class RunFolder:
         if stored is not None and not (isinstance(stored, dict) and isinstance(stored.get("config"), dict)):
             raise ArtifactError(f"`{path / CONFIG_NAME}` is not a run's config", "choose another --out")
         self.stored: dict[str, Any] | None = stored
-        if stored is None:
-            foreign = contents(path)
-            if foreign:
-                raise ArtifactError(f"`{path}` is not empty and holds no run: {foreign[0]!r}", "choose another --out")
-        elif resume == "never":
+        if stored is not None and resume == "never":
             raise ConfigError(f"`{path}` holds a run already", "choose another --out, or leave out --resume never")
         self.checkpoint: tuple[Path, Manifest] | None = find_checkpoint(path, resume)
         self.digest: str | None = None
@@ -99,9 +95,7 @@ def open_run(path: Path, resume: str = "auto") -> Iterator[RunFolder]:
     path = Path(path)
     if resume not in RESUME_MODES:
         raise unknown_name("resume mode", resume, RESUME_MODES)
-    prepare_folder(path, sweep=False)  # another process may be writing here: that is for the lock to say
-    with lock_folder(path):
-        prepare_folder(path)
+    with hold_folder(path, {CONFIG_NAME}, "run"):
         yield RunFolder(path, resume)
 
 
