@@ -147,16 +147,15 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: _natural(path.relative_to(folder).as_posix()))
 
 
-def read_images(paths: Iterable[Path], batch_size: int = 64) -> Iterator[Tensor]:
+def read_images(paths: Iterable[Path], batch_size: int = 64, size: tuple[int, int] | None = None) -> Iterator[Tensor]:
     """Read images of one size in batches, uint8 (n, 3, H, W).
 
-    Raises DataError naming the file if one cannot be used or has another size: a metric over fewer images is another
-    number.
+    size: width and height they must have; None takes those of the first. Raises DataError naming the file if one cannot
+    be used or has another size: a metric over fewer images is another number.
     """
     import torch
 
     batch: list[np.ndarray] = []
-    size = None
     for path in paths:
         try:
             image, _ = load_image(path)

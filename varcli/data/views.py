@@ -24,11 +24,11 @@ class DecodeConfig:
 
     crop "center" and "random" follow VAR (arXiv:2404.02905): the shorter edge is resized to round(resize_ratio * size)
     with Lanczos, then a square is cut. "none" cuts nothing away: the longer edge is resized to `size` (not at all where
-    it has that length) and the rest is filled.
+    it has that length) and the rest is filled. "exact" takes images of that size only, as they are.
     """
 
     size: int  # pixels, side of the result
-    crop: Literal["center", "random", "none"] = "center"
+    crop: Literal["center", "random", "none", "exact"] = "center"
     resize_ratio: float = 1.125  # shorter edge before the crop, as a multiple of size
     augment: Literal["none", "shift"] = "none"  # "shift" turns, scales and moves view 1, 2, ...; needs crop "none"
     max_rotation: float = 8.0  # degrees to either side, for "shift"
@@ -44,8 +44,10 @@ class DecodeConfig:
             raise ConfigError(f"size must be >= 1 and resize_ratio >= 1, but they are {self.size}, {self.resize_ratio}")
         if self.augment == "shift" and self.crop != "none":
             raise ConfigError(f"augment `shift` needs crop `none`, but crop is `{self.crop}`")
-        if self.augment not in ("none", "shift") or self.crop not in ("center", "random", "none"):
-            raise ConfigError(f"crop is center, random or none and augment none or shift: {self.crop}, {self.augment}")
+        if self.augment not in ("none", "shift") or self.crop not in ("center", "random", "none", "exact"):
+            raise ConfigError(
+                f"crop is center, random, none or exact and augment none or shift: {self.crop}, {self.augment}"
+            )
         if len(self.fill) != 3 or not all(0 <= value <= 255 for value in self.fill):
             raise ConfigError(f"fill must be three values in [0, 255], but is {self.fill}")
         if not (0 <= self.max_scaling < 1 and 0 <= self.max_shift < 1 and 0 <= self.max_rotation <= 180):
@@ -58,6 +60,10 @@ def prepare(image: Image.Image, config: DecodeConfig) -> Image.Image:
     Raises UnusableImage if the result would be larger than max_pixels (a very long, thin image).
     """
     width, height = image.size
+    if config.crop == "exact":
+        if image.size != (config.size, config.size):
+            raise UnusableImage(f"is {width} x {height} pixels, but the others are {config.size} x {config.size}")
+        return image
     if config.crop == "none":
         scale = config.size / max(width, height)
         target = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -89,7 +95,7 @@ def cut_view(prepared: Image.Image, config: DecodeConfig, path: str, view: int, 
         # rounded half to even, as torchvision's CenterCrop
         left, top = round((width - size) / 2), round((height - size) / 2)
         prepared = prepared.crop((left, top, left + size, top + size))
-    else:
+    elif config.crop == "random":
         left, top = int(random.integers(width - size + 1)), int(random.integers(height - size + 1))
         prepared = prepared.crop((left, top, left + size, top + size))
     is_plain = view == 0 and config.crop != "random"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varcli.distributed import ALONE, World
 from varcli.errors import ArtifactError, ConfigError, NumericError, unknown_name
+from varcli.metrics.feature_cache import FeatureCache, align_batch, join_batches
 from varcli.metrics.inception import WEIGHTS_NAMES, InceptionExtractor, find_inception_weights
 from varcli.metrics.lite0 import Lite0Extractor
 from varcli.metrics.sources import ImageSource
@@ -21,7 +23,12 @@ from varcli.progress import OnStep, Step, ignore
 EXTRACTORS = {"inception": InceptionExtractor, "lite0": Lite0Extractor}
 """Every feature network by name, each in its own file."""
 
+CACHE_FROM = 2048
+"""Images from which on features are kept; fewer are computed again in seconds."""
+
+_VERSION = 1  # of what a cached row means; changes with the code that computes it
 _LOGIT_ROWS = 4096
+_GPU_BATCH = 128
 
 
 class Extractor(Protocol):
@@ -47,8 +54,8 @@ class Extractor(Protocol):
 class ExtractedSet:
     """What one pass over a set of images gave, rows in the order of the source."""
 
-    features: np.ndarray  # float32 (N, D)
-    spatial: np.ndarray | None  # float32 (N, S)
+    features: np.ndarray  # float32 (N, D), mapped from disk where it is kept there
+    spatial: np.ndarray | None  # float32 (N, S), likewise
     logits: np.ndarray  # float32 (N, classes)
     num_repeated: int  # images whose pixels another image of the set has too, each counted
 
@@ -91,32 +98,74 @@ def extract_features(
     spatial: bool = False,
     batch_size: int | None = None,
     on_step: OnStep = ignore,
+    *,
+    cache: Path | None = None,
+    workers: int | None = None,
+    world: World = ALONE,
 ) -> ExtractedSet:
-    """Read all images of `source` once and return their features, in float32 without TF32.
+    """Return the features of all images of `source`, in float32 without TF32.
 
-    Raises DataError for an image that cannot be used, NumericError if a feature is not finite.
+    batch_size: images at a time, rounded down to a power of two. cache: folder that keeps the features of sets of
+    `CACHE_FROM` images or more, so that a rerun, after a kill too, computes only what is missing. workers: processes that
+    decode. world: ranks that share the work, each of which must call this and gets the whole result.
+    Raises DataError for an image that cannot be used, NumericError if a feature is not finite, ConfigError for several
+    ranks without a cache, and what writing the cache raises.
     """
-    if batch_size is None:
-        batch_size = extractor.batch_size if extractor.device.type == "cpu" else 128
-    features, spatials, seen = [], [], Counter()
-    done = 0
-    on_step(Step(done, source.count, "images"))
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
-        for images in source.batches(batch_size):
-            pooled, maps = extractor.extract(images, spatial)
-            features.append(pooled.float().cpu())
-            if maps is not None:
-                spatials.append(maps.float().cpu())
-            seen.update(hashlib.blake2b(image.contiguous().numpy(), digest_size=16).digest() for image in images)
+    size = align_batch(batch_size or (extractor.batch_size if extractor.device.type == "cpu" else _GPU_BATCH))
+    settings = {
+        "version": _VERSION,
+        "network": extractor.name,
+        "weights": extractor.weights_sha256,
+        "preprocessing": extractor.preprocessing(source.height, source.width),
+        "precision": "float32, no TF32",
+        "device": extractor.device.type,
+        "spatial": spatial,
+    }
+
+    def rows(start: int, stop: int) -> Iterator[dict[str, Tensor]]:
+        done = start
+        on_step(Step(done, stop, "images"))
+        for images in source.batches(size, start, stop, workers):
+            yield _extract_batch(images, extractor, spatial, source.shown)
             done += len(images)
-            on_step(Step(done, source.count, "images"))
-        rows = torch.cat(features)
-        if not torch.isfinite(rows).all():
-            raise NumericError(f"the {extractor.name} features of `{source.shown}` are not finite", "use --device cpu")
-        logits = torch.cat([extractor.logits(part.to(extractor.device)).cpu() for part in rows.split(_LOGIT_ROWS)])
+            on_step(Step(done, stop, "images"))
+
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+        if cache is None or source.digest is None or (source.count < CACHE_FROM and world.size == 1):
+            if world.size > 1:
+                raise ConfigError(f"several processes need a cache, but `{source.shown}` has none", "use one process")
+            arrays = {name: part.numpy() for name, part in join_batches(list(rows(0, source.count))).items()}
+        else:
+            kept = FeatureCache(cache, {**settings, "images": source.digest(), "count": source.count}, source.count)
+            arrays = kept.load()
+            if arrays is not None:
+                on_step(Step(source.count, source.count, "images", message=f"features from {kept.folder}"))
+            else:
+                arrays = kept.compute(rows, world)
+        features = arrays["features"]
+        logits = [
+            extractor.logits(torch.from_numpy(features[start : start + _LOGIT_ROWS]).to(extractor.device)).cpu()
+            for start in range(0, len(features), _LOGIT_ROWS)
+        ]
+    _, counts = np.unique(arrays["pixels"].view("V16"), return_counts=True)
     return ExtractedSet(
-        features=rows.numpy(),
-        spatial=torch.cat(spatials).numpy() if spatials else None,
-        logits=logits.numpy(),
-        num_repeated=sum(count for count in seen.values() if count > 1),
+        features=features,
+        spatial=arrays.get("spatial"),
+        logits=torch.cat(logits).numpy(),
+        num_repeated=int(counts[counts > 1].sum()),
     )
+
+
+def _extract_batch(images: Tensor, extractor: Extractor, spatial: bool, shown: str) -> dict[str, Tensor]:
+    """Return the rows of one batch: features, spatial ones if asked for, and a hash of each image's pixels."""
+    features, maps = extractor.extract(images, spatial)
+    digests = b"".join(hashlib.blake2b(image.contiguous().numpy(), digest_size=16).digest() for image in images)
+    batch = {
+        "features": features.float().cpu(),
+        "pixels": torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, 16),
+    }
+    if maps is not None:
+        batch["spatial"] = maps.float().cpu()
+    if not torch.isfinite(batch["features"]).all():
+        raise NumericError(f"the {extractor.name} features of `{shown}` are not finite", "use --device cpu")
+    return batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varcli.artifacts.manifest import digest_json
 from varcli.data.paths import escape_path
 from varcli.errors import ArtifactError, DataError, ShapeError, UnsafeFileError
 from varcli.metrics.statistics import Statistics, check_statistics
@@ -42,15 +44,20 @@ class NpzFile:
             )
         return shape[0], shape[1], shape[2]
 
-    def read_images(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield the images as uint8 (n, 3, H, W); memory holds one batch. Raises DataError if the file is damaged."""
+    def read_images(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """Yield images start, ..., stop - 1 as uint8 (n, 3, H, W); memory holds one batch.
+
+        Raises DataError if the file is damaged.
+        """
         count, height, width = self.image_shape or (0, 0, 0)
+        count = count if stop is None else stop
         size = height * width * 3
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES_KEY}.npy") as file:
                 _read_header(file)
-                for start in range(0, count, batch_size):
-                    wanted = min(batch_size, count - start)
+                file.seek(start * size, os.SEEK_CUR)
+                for first in range(start, count, batch_size):
+                    wanted = min(batch_size, count - first)
                     data = file.read(wanted * size)
                     if len(data) != wanted * size:
                         raise DataError(f"`{escape_path(str(self.path))}` ends in the middle of its images")
@@ -58,6 +65,12 @@ class NpzFile:
                     yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         except (zipfile.BadZipFile, OSError, EOFError) as error:
             raise DataError(f"`{escape_path(str(self.path))}` is damaged: {error}", "make it again") from None
+
+    def digest_images(self) -> str:
+        """Hash what the archive says of its images: size and CRC of the member, and its shape."""
+        with zipfile.ZipFile(self.path) as archive:
+            member = archive.getinfo(f"{IMAGES_KEY}.npy")
+        return digest_json({"crc": member.CRC, "size": member.file_size, "shape": list(self.image_shape or ())})
 
     def read_statistics(self, keys: tuple[str, str]) -> Statistics | None:
         """Return the checked statistics stored under `keys` (mean, covariance), or None if one of them is missing."""

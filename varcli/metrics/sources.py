@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,16 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varcli import config as configs
+from varcli.artifacts.manifest import digest_json, hash_file
 from varcli.artifacts.verify import is_artifact, read_manifest, verify_folder
 from varcli.data.decode import UnusableImage, load_image
 from varcli.data.defaults import default_decode
-from varcli.data.images import ImageTree, decode_images, typical_side
+from varcli.data.images import ImageTree, Split, decode_images, typical_side
 from varcli.data.paths import escape_path
 from varcli.data.samples import SAMPLES_KIND, is_unfinished, list_images, read_images, sample_class
+from varcli.data.views import DecodeConfig
 from varcli.errors import DataError, IntegrityError, ShapeError
 from varcli.metrics.npz import NpzFile
 from varcli.shapes import check_shape
 
+_HASH_THREADS = 8  # files hashed at a time; hashing leaves Python's lock
 _WORKERS_FROM = 2048  # images; below it, starting processes takes longer than decoding
 
 
@@ -31,12 +37,22 @@ class ImageSource:
     count: int  # N
     height: int
     width: int
-    batches: Callable[[int], Iterator[Tensor]]  # batch size -> uint8 (n, 3, H, W)
+    read: Callable[[int, int, int, int | None], Iterator[Tensor]]  # start, stop, batch size, workers -> (n, 3, H, W)
+    digest: Callable[[], str] | None = None  # a hash of the content, which takes time; None where nothing stays on disk
     has_order: bool = False  # whether the file's order is the one that published Inception Scores use
     labels: np.ndarray | None = None  # int (N,), indices into classes
     classes: tuple[str, ...] | None = None
     num_jpeg: int = 0  # images stored as JPEG
     preparation: str = "as they are"  # what happens to the images on disk
+
+    def batches(
+        self, batch_size: int, start: int = 0, stop: int | None = None, workers: int | None = None
+    ) -> Iterator[Tensor]:
+        """Yield images start, ..., stop - 1 (to the end by default) in order, as uint8 (n, 3, H, W).
+
+        workers: processes that decode; None chooses, 0 is this one.
+        """
+        return self.read(start, self.count if stop is None else stop, batch_size, workers)
 
     def describe(self) -> dict[str, object]:
         """Return the JSON object that reports show."""
@@ -56,6 +72,7 @@ def from_folder(folder: Path) -> ImageSource:
     another kind.
     """
     labels = classes = None
+    hashes: dict[Path, str] = {}
     if is_artifact(folder):
         manifest = read_manifest(folder, SAMPLES_KIND)
         problems = verify_folder(folder, manifest)
@@ -69,6 +86,7 @@ def from_folder(folder: Path) -> ImageSource:
             path for path in list_images(folder) if path.name in manifest.files and sample_class(path.name) is not None
         ]
         labels = np.array([sample_class(path.name) for path in paths])
+        hashes = {path: manifest.files[path.name].sha256 for path in paths}
         names = manifest.info.get("classes")
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             classes = tuple(names)
@@ -82,7 +100,8 @@ def from_folder(folder: Path) -> ImageSource:
         count=len(paths),
         height=height,
         width=width,
-        batches=lambda batch_size: read_images(paths, batch_size),
+        read=_read_files(folder, paths, (width, height)),
+        digest=lambda: _digest_files(folder, paths, hashes),
         labels=labels,
         classes=classes,
         num_jpeg=sum(_is_jpeg(path) for path in paths),
@@ -109,16 +128,13 @@ def from_tree(
     # "val" is what is never cut at random
     config = default_decode(ImageTree(tree.root, tree.classes, {"val": chosen}), size)["val"]
 
-    def batches(batch_size: int) -> Iterator[Tensor]:
-        workers = 0 if len(indices) < _WORKERS_FROM else None
-        for batch in decode_images(tree, split, config, indices, workers=workers, batch_size=batch_size):
-            if batch.skipped:
-                path, reason = batch.skipped[0]
-                raise DataError(
-                    f"`{escape_path(str(tree.root / path))}`: {reason}",
-                    "remove it: a metric over fewer images is another number",
-                )
-            yield batch.images
+    def digest() -> str:
+        content = (
+            _digest_files(tree.root, paths)
+            if paths
+            else hashlib.sha256(np.ascontiguousarray(chosen.pixels[indices])).hexdigest()
+        )
+        return digest_json({"content": content, "decode": configs.to_dict(config)})
 
     whole = (
         "as they are"
@@ -131,7 +147,8 @@ def from_tree(
         count=len(indices),
         height=size,
         width=size,
-        batches=batches,
+        read=_read_tree(tree, split, config, indices),
+        digest=digest,
         labels=chosen.labels[indices],
         classes=tree.classes,
         num_jpeg=sum(_is_jpeg(path) for path in paths),
@@ -149,7 +166,8 @@ def from_npz(file: NpzFile) -> ImageSource | None:
         count=shape[0],
         height=shape[1],
         width=shape[2],
-        batches=file.read_images,
+        read=lambda start, stop, batch_size, workers: file.read_images(batch_size, start, stop),
+        digest=file.digest_images,
         has_order=True,
     )
 
@@ -164,9 +182,58 @@ def from_tensor(images: Tensor, labels: np.ndarray | None = None) -> ImageSource
         count=len(images),
         height=images.shape[2],
         width=images.shape[3],
-        batches=lambda batch_size: iter(images.cpu().split(batch_size)),
+        read=lambda start, stop, batch_size, workers: iter(images[start:stop].cpu().split(batch_size)),
         labels=labels,
     )
+
+
+def _read_tree(
+    tree: ImageTree, split: str, config: DecodeConfig, indices: np.ndarray
+) -> Callable[[int, int, int, int | None], Iterator[Tensor]]:
+    """Make the reader of some images of a tree."""
+
+    def read(start: int, stop: int, batch_size: int, workers: int | None) -> Iterator[Tensor]:
+        wanted = indices[start:stop]
+        if workers is None and len(wanted) < _WORKERS_FROM:
+            workers = 0
+        for batch in decode_images(tree, split, config, wanted, workers=workers, batch_size=batch_size):
+            if batch.skipped:
+                path, reason = batch.skipped[0]
+                raise DataError(
+                    f"`{escape_path(str(tree.root / path))}`: {reason}",
+                    "remove it, or make it again: a metric over fewer images is another number",
+                )
+            yield batch.images
+
+    return read
+
+
+def _read_files(
+    folder: Path, paths: list[Path], size: tuple[int, int]
+) -> Callable[[int, int, int, int | None], Iterator[Tensor]]:
+    """Make the reader of image files that must all have `size` (width, height)."""
+
+    def read_here(start: int, stop: int, batch_size: int, workers: int | None) -> Iterator[Tensor]:
+        return read_images(paths[start:stop], batch_size, size)
+
+    if size[0] != size[1] or len(paths) < _WORKERS_FROM:
+        return read_here
+    names = tuple(path.relative_to(folder).as_posix() for path in paths)
+    tree = ImageTree(folder, ("",), {"val": Split(names, np.zeros(len(names), np.int32))})
+    config = DecodeConfig(size=size[0], crop="exact")
+    return _read_tree(tree, "val", config, np.arange(len(names)))
+
+
+def _digest_files(root: Path, paths: list[Path], hashes: Mapping[Path, str] | None = None) -> str:
+    """Hash names, order and content of files. hashes: SHA-256 of those that are known already."""
+    known = dict(hashes or {})
+    missing = [path for path in paths if path not in known]
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        try:
+            known.update(zip(missing, pool.map(lambda path: hash_file(path).sha256, missing), strict=True))
+        except OSError as error:
+            raise DataError(f"cannot read `{escape_path(str(error.filename))}`: {error.strerror}") from None
+    return digest_json([[escape_path(path.relative_to(root).as_posix()), known[path]] for path in paths])
 
 
 def _first_size(path: Path) -> tuple[int, int]:
