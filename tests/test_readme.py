@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import varcli
 
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.timeout(1200)  # a training among other tests on two cores
 def test_the_quick_start_runs_as_written(tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     block = re.search(r"<!-- quickstart.*?-->\n```bash\n(.*?)```", text, re.DOTALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -103,7 +104,9 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     if origin is tuple and isinstance(value, (list, tuple)):
         inner = arguments[0]
         return tuple(_convert(key, entry, inner) for entry in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ConfigError(f"config key `{key}` takes a number, but got {value}")
         return float(value)
     if hint is Path and isinstance(value, str):
         return Path(value)

@@ -234,14 +234,24 @@ def test_what_a_kill_left_unpublished_is_published_by_a_rerun(tmp_path):
     assert not verify_folder(tmp_path / "run" / "toy", read_manifest(tmp_path / "run" / "toy", "toy"))
 
 
-def test_a_validation_that_is_no_number_is_never_the_best(tmp_path):
+def test_a_run_that_ends_on_a_validation_that_is_no_number_says_so_and_never_takes_it_for_the_best(tmp_path):
     trainer = ToyTrainer(steps=4)
-    trainer.validate = lambda: {"loss": float("nan")}
+    losses = iter([1.0, float("nan")])
+    trainer.validate = lambda: {"loss": next(losses)}
     with open_run(tmp_path / "run", "auto") as opened:
         opened.settle("toy", {}, {}, ())
-        result = run_training(trainer, opened, LoopConfig(steps=4, eval_every=2, keep_best=True))
-    assert result.best is None
-    assert (tmp_path / "run" / "checkpoints" / "step-0000004" / "manifest.json").exists()
+        with pytest.raises(NumericError, match="diverged"):
+            run_training(trainer, opened, LoopConfig(steps=4, eval_every=2, keep_best=True))
+    manifest = read_manifest(tmp_path / "run" / "checkpoints" / "step-0000004", "checkpoint")
+    assert manifest.info["best"] == {"step": 2, "loss": 1.0}
+
+
+def test_a_run_without_a_checkpoint_is_begun_anew_with_other_settings(tmp_path):
+    for width in (7, 1):
+        with open_run(tmp_path / "run") as opened:
+            opened.settle("toy", {"width": width}, {}, ())
+    with open_run(tmp_path / "run", "never") as opened:
+        assert opened.config == {"width": 1}
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -49,14 +50,25 @@ def hold_folder(folder: Path, signs: Collection[str], what: str) -> Iterator[Non
     ours and stays as it is. what: it, for the message. Raises ArtifactError for such a folder or one that cannot be
     written, LockedError if another process has it.
     """
+    is_new = not folder.exists()
     prepare_folder(folder, sweep=False)  # another process may be writing here: that is for the lock to say
-    names = sorted(entry.name for entry in folder.iterdir())
-    names = [name for name in names if not name.startswith((LOCK_NAME, TEMPORARY_PREFIX))]
+    names = _contents(folder)
     if names and not set(signs) & set(names):
         raise ArtifactError(f"`{folder}` is not empty and holds no {what}: {names[0]!r}", "choose another --out")
     with lock_folder(folder):
         prepare_folder(folder)
-        yield
+        try:
+            yield
+        except BaseException:
+            if is_new and not _contents(folder):
+                shutil.rmtree(folder, ignore_errors=True)  # nothing came of it
+            raise
+
+
+def _contents(folder: Path) -> list[str]:
+    """The sorted names of what lies in a folder, without its lock and what a killed run left half-written."""
+    names = (entry.name for entry in folder.iterdir())
+    return sorted(name for name in names if not name.startswith((LOCK_NAME, TEMPORARY_PREFIX)))
 
 
 def _owner(folder: Path) -> str:

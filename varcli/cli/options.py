@@ -6,7 +6,7 @@ A command gives the default in its signature: `device: DeviceOption = "auto"`; a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
@@ -17,7 +17,7 @@ DeviceOption = Annotated[
 PrecisionOption = Annotated[
     str, Option("--precision", help="auto, fp32, bf16 or fp16; auto is bf16 on CUDA and fp32 elsewhere.")
 ]
-SeedOption = Annotated[int, Option("--seed", help="Seed of everything random.")]
+SeedOption = Annotated[int, Option("--seed", min=0, help="Seed of everything random.")]
 JsonOption = Annotated[bool, Option("--json", help="Print the result as JSON.", show_default=False)]
 WorkersOption = Annotated[
     int | None,
@@ -51,3 +51,20 @@ ConfigFileOption = Annotated[
 SetOption = Annotated[
     list[str] | None, Option("--set", help="key=value for any setting; may be repeated.", show_default=False)
 ]
+
+
+def collect_settings(config: Path | None, assignments: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Join the settings of a config file, of `--set`, and of options of their own (None if not given), which win.
+
+    Raises ConfigError if `--set` and an option give one setting different values.
+    """
+    from varcli import config as configs
+    from varcli.errors import ConfigError
+
+    values = configs.read_toml(config) if config else {}
+    assigned = configs.parse_assignments(assignments or [])
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in sorted(assigned.keys() & given.keys()):
+        if assigned[key] != given[key]:
+            raise ConfigError(f"`--set {key}={assigned[key]}` and an option that says {given[key]}", "give one of them")
+    return {**values, **assigned, **given}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from varcli.cli import console
-from varcli.cli.options import ConfigFileOption, DeviceOption, JsonOption, ResumeOption, SetOption
+from varcli.cli.options import ConfigFileOption, DeviceOption, JsonOption, ResumeOption, SetOption, collect_settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,7 +37,7 @@ def train(
     epochs: Annotated[float | None, Option("--epochs", help="Passes over the images, in place of --steps.")] = None,
     batch_size: Annotated[int | None, Option("--batch-size", help="Images a step; default: the recipe's.")] = None,
     lr: Annotated[float | None, Option("--lr", help="Peak learning rate; default: the recipe's.")] = None,
-    seed: Annotated[int | None, Option("--seed", help="Seed of everything random; default: 0.")] = None,
+    seed: Annotated[int | None, Option("--seed", min=0, help="Seed of everything random; default: 0.")] = None,
     config: ConfigFileOption = None,
     set_: SetOption = None,
     tokenizer: Annotated[
@@ -68,6 +68,10 @@ def train(
 
     if name is not None and out is not None:
         raise ConfigError("`--name` and `--out` both say where the run goes", "give one of them")
+    if steps is not None and epochs is not None:
+        raise ConfigError("`--steps` and `--epochs` both say how long to train", "give one of them")
+    if name is not None and Path(name).name != name:
+        raise ConfigError(f"`--name` is the name of a folder in runs/, but got `{name}`", "use --out for a path")
     options = {
         "depth": depth,
         "steps": steps,
@@ -77,9 +81,7 @@ def train(
         "seed": seed,
         "precision": precision,
     }
-    values = configs.read_toml(config) if config else {}
-    values |= configs.parse_assignments(set_ or [])
-    values |= {key: value for key, value in options.items() if value is not None}
+    values = collect_settings(config, set_, options)
     settings = configs.from_dict(TrainConfig, values)
     folder = out or Path("runs") / (name or f"d{settings.depth}")
     result = train_transformer(

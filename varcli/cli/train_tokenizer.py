@@ -8,7 +8,15 @@ from typing import Annotated
 from typer import Argument, Option
 
 from varcli.cli import console
-from varcli.cli.options import ConfigFileOption, DeviceOption, JsonOption, OutOption, ResumeOption, SetOption
+from varcli.cli.options import (
+    ConfigFileOption,
+    DeviceOption,
+    JsonOption,
+    OutOption,
+    ResumeOption,
+    SetOption,
+    collect_settings,
+)
 
 
 def train_tokenizer(
@@ -19,7 +27,7 @@ def train_tokenizer(
     config: ConfigFileOption = None,
     settings: SetOption = None,
     lr: Annotated[float | None, Option("--lr", help="Peak learning rate.", show_default=False)] = None,
-    seed: Annotated[int | None, Option("--seed", help="Seed of everything random; default: 0.")] = None,
+    seed: Annotated[int | None, Option("--seed", min=0, help="Seed of everything random; default: 0.")] = None,
     device: DeviceOption = "auto",
     precision: Annotated[str | None, Option("--precision", help="fp32 or bf16; default: bf16 on CUDA.")] = None,
     resume: ResumeOption = "auto",
@@ -31,20 +39,15 @@ def train_tokenizer(
     from varcli.training.tokenizer import train_tokenizer as train
     from varcli.training.tokenizer_objective import TokenizerTrainConfig
 
-    values = configs.read_toml(config) if config else {}
+    given = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "seed": seed, "precision": precision}
+    values = collect_settings(config, settings, given)
     tokenizer = values.pop("tokenizer", {})
     if not isinstance(tokenizer, dict):
-        raise ConfigError("`tokenizer` in the config file must be a table of settings", "e.g. [tokenizer]")
-    for key, value in configs.parse_assignments(settings or []).items():
-        part, dot, name = key.partition(".")
-        if part == "tokenizer":
-            if not dot:
-                raise ConfigError("`--set tokenizer=...` sets nothing", "e.g. --set tokenizer.vocab_size=1024")
-            tokenizer[name] = value
-        else:
-            values[key] = value
-    given = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "seed": seed, "precision": precision}
-    values |= {key: value for key, value in given.items() if value is not None}
+        raise ConfigError(
+            "`tokenizer` is a table of settings", "e.g. [tokenizer] in a file, --set tokenizer.vocab_size=1024"
+        )
+    for key in [key for key in values if key.startswith("tokenizer.")]:
+        tokenizer[key.removeprefix("tokenizer.")] = values.pop(key)
     values |= {"tokenizer": tokenizer} if tokenizer else {}
     resolved = configs.from_dict(TokenizerTrainConfig, values)
     result = train(

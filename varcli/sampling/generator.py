@@ -180,7 +180,10 @@ class Generator:
                 logits = self.transformer.step(features, cache).float()
                 if not torch.isfinite(logits).all():
                     raise NumericError(
-                        f"the transformer's logits at step {step} are not finite", "use --precision bf16 or fp32"
+                        f"the transformer's logits at step {step} are not finite",
+                        "use --precision bf16 or fp32"
+                        if dtype == torch.float16
+                        else "its training has diverged: look at the losses in the run's metrics.jsonl",
                     )
                 if config.cfg:
                     share = CFG_SCHEDULES[config.cfg_schedule](step / last)

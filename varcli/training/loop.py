@@ -30,7 +30,7 @@ from torch import Tensor
 
 from varcli.artifacts.write import prepare_folder
 from varcli.data.samples import save_png
-from varcli.errors import ConfigError, InterruptedRun, MemoryLimitError, VarcliError
+from varcli.errors import ConfigError, InterruptedRun, MemoryLimitError, NumericError, VarcliError
 from varcli.progress import OnStep, Step, ignore
 from varcli.training.checkpoint import checkpoint_name, load_checkpoint, save_checkpoint
 from varcli.training.meter import Meter, SkipPolicy
@@ -179,7 +179,9 @@ class _Loop:
 
     def run(self, stop: StopRequest) -> LoopResult:
         config = self.config
-        if self.result.step:
+        if self.result.step == config.steps:
+            self._report(f"`{self.run_folder.path}` has all its {config.steps:,} steps already")
+        elif self.result.step:
             self._report(f"going on from step {self.result.step:,} of {config.steps:,}")
         self._look(self.pending)
         self.window_start = self.last_save = time.monotonic()
@@ -211,6 +213,11 @@ class _Loop:
                 self._report()
         if not self.run_folder.holds(self.trainer.published, self.trainer.published):
             self._publish()  # a kill may have come between a checkpoint and this
+        if not math.isfinite(self.result.validation.get("loss", 0.0)):
+            raise NumericError(
+                f"all {config.steps:,} steps are done, but the validation loss is no number: training has diverged",
+                "lower the learning rate and choose another --out",
+            )
         return self.result
 
     def _read(self) -> None:

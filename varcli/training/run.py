@@ -29,9 +29,9 @@ class RunFolder:
         if stored is not None and not (isinstance(stored, dict) and isinstance(stored.get("config"), dict)):
             raise ArtifactError(f"`{path / CONFIG_NAME}` is not a run's config", "choose another --out")
         self.stored: dict[str, Any] | None = stored
-        if stored is not None and resume == "never":
-            raise ConfigError(f"`{path}` holds a run already", "choose another --out, or leave out --resume never")
         self.checkpoint: tuple[Path, Manifest] | None = find_checkpoint(path, resume)
+        if self.checkpoint is not None and resume == "never":
+            raise ConfigError(f"`{path}` holds a run already", "choose another --out, or leave out --resume never")
         self.digest: str | None = None
 
     @property
@@ -44,28 +44,37 @@ class RunFolder:
         """Optimizer steps done by the checkpoint the run goes on from."""
         return 0 if self.checkpoint is None else int(self.checkpoint[1].info["step"])
 
+    def require_inputs(self, kind: str, inputs: Mapping[str, Any]) -> None:
+        """Raise ConfigError if the run, once it has a checkpoint, is of another kind or was begun with other inputs."""
+        if self.stored is None or self.checkpoint is None:
+            return
+        if self.stored.get("kind") != kind:
+            raise ConfigError(
+                f"`{self.path}` is a run of kind {self.stored.get('kind')}, not {kind}", "choose another --out"
+            )
+        self._refuse(_differences(self.stored.get("inputs", {}), inputs, ()))
+
     def settle(self, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Any], free: Collection[str]) -> None:
         """Write config.json, or hold against it that a resumed run is the same run.
 
         kind: what is trained. config: resolved settings. inputs: what else decides the numbers, such as fingerprints.
-        free: settings that may differ. Raises ConfigError naming what differs.
+        free: settings that may differ. A run that has no checkpoint yet is begun anew. Raises ConfigError naming what
+        differs.
         """
+        self.require_inputs(kind, inputs)
+        if self.stored is not None and self.checkpoint is not None:
+            self._refuse(_differences(self.stored["config"], config, free))
         record = {"kind": kind, "config": dict(config), "inputs": dict(inputs)}
-        if self.stored is not None:
-            if self.stored.get("kind") != kind:
-                raise ConfigError(
-                    f"`{self.path}` is a run of kind {self.stored.get('kind')}, not {kind}", "choose another --out"
-                )
-            changes = _differences(self.stored["config"], config, free)
-            changes += _differences(self.stored.get("inputs", {}), inputs, ())
-            if changes:
-                raise ConfigError(
-                    f"`{self.path}` was begun with other settings: {'; '.join(changes)}",
-                    "repeat them to go on with that run, or choose another --out for a new one",
-                )
         fixed = {key: value for key, value in record["config"].items() if key not in free}
         self.digest = digest_json({**record, "config": fixed})
         write_json(self.path / CONFIG_NAME, {**record, "made_by": describe_process()})
+
+    def _refuse(self, changes: list[str]) -> None:
+        if changes:
+            raise ConfigError(
+                f"`{self.path}` was begun with other settings: {'; '.join(changes)}",
+                "repeat them to go on with that run, or choose another --out for a new one",
+            )
 
     def is_finished(self, steps: int) -> bool:
         """Say whether the run has done `steps` optimizer steps. Raises ConfigError if it has done more."""

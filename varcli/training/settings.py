@@ -18,6 +18,22 @@ from varcli.transformer import TransformerConfig
 
 _FEW_IMAGES = 100_000  # below it a model can overfit, so the best weights are kept
 
+_RANGES = (
+    ("label_dropout", 0, 1),
+    ("label_smoothing", 0, 0.99),
+    ("dropout", 0, 0.99),
+    ("drop_path", 0, 0.99),
+    ("ema_decay", 0, 0.999999),
+    ("weight_decay", 0, 1e6),
+    ("final_weight_decay", 0, 1e6),
+    ("learning_rate", 0, 1e3),
+    ("epochs", 0, 1e6),
+    ("mlp_ratio", 0, 64),
+    ("warmup_steps", 0, 1e9),
+    ("seed", 0, 2**63 - 1),
+)
+"""What numbers may be, both ends included."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -72,12 +88,14 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {value}")
-        if not 0 <= self.label_dropout <= 1 or not 0 <= self.label_smoothing < 1:
-            raise ConfigError("label_dropout and label_smoothing are shares from 0 to 1")
-        for name, top in (("learning_rate", math.inf), ("dropout", 1.0), ("drop_path", 1.0), ("ema_decay", 1.0)):
+        for name, low, high in _RANGES:
             value = getattr(self, name)
-            if value is not None and not 0 <= value < top:
-                raise ConfigError(f"{name} must be at least 0 and below {top:g}, but is {value}")
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"{name} must be from {low:g} to {high:g}, but is {value:g}")
+        for name in ("learning_rate", "epochs", "mlp_ratio"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} must be above 0, but is {value:g}")
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise ConfigError(f"grad_clip must be above 0, but is {self.grad_clip}", "none turns clipping off")
         if self.schedule is not None:

@@ -197,7 +197,8 @@ def train_tokenizer(
         config = keep_stored(config, run.config, fixed)
         config = replace(config, precision=precision_name(resolve_precision(config.precision, where)))
         listing = hashlib.sha256("\n".join(tree.splits[train].paths).encode("utf-8", "surrogateescape")).hexdigest()
-        run.settle(KIND, configs.to_dict(config), {"images": listing}, LoopConfig.FREE - {"steps"})
+        inputs = {"images": listing}
+        run.require_inputs(KIND, inputs)
         pixels = read_pixels(tree, train, config.tokenizer.image_size, on_step).to(where)
         if len(pixels) < config.batch_size:
             raise DataError(
@@ -208,6 +209,7 @@ def train_tokenizer(
         if "val" in names and train != "val":
             held_out = read_pixels(tree, "val", config.tokenizer.image_size, on_step).to(where)
         trainer = TokenizerTrainer(config, pixels, held_out, where)
+        run.settle(KIND, configs.to_dict(config), inputs, LoopConfig.FREE - {"steps"})
         loop = LoopConfig(
             steps=config.steps,
             log_every=config.log_every,

@@ -57,6 +57,8 @@ class TokenizerTrainConfig:
         weights = (self.quantizer_weight, self.perceptual_weight, self.adversarial_weight, self.lecam_weight)
         if not all(0 <= weight < math.inf for weight in weights):
             raise ConfigError("the weights of the losses must be 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be 0 or more, but is {self.seed}")
         if not 0 <= self.adversarial_start <= 1 or not 0 <= self.scale_dropout <= 1:
             raise ConfigError("adversarial_start and scale_dropout are shares between 0 and 1")
 

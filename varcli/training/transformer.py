@@ -16,7 +16,7 @@ from varcli.artifacts.write import prepare_folder
 from varcli.data.codes import CodesCache, CodesSplit, require_tokenizer
 from varcli.devices import precision_name, resolve_device, resolve_precision
 from varcli.errors import ArtifactError
-from varcli.progress import OnStep, Step, ignore
+from varcli.progress import OnStep, ignore
 from varcli.tokenizer.find import find_tokenizer, tokenizer_folder
 from varcli.tokenizer.store import KIND as TOKENIZER_KIND
 from varcli.tokenizer.store import load_tokenizer
@@ -72,6 +72,8 @@ def train_transformer(
     cache = CodesCache.open(codes)
     source_folder = _choose_tokenizer(cache, Path(out), tokenizer)
     with open_run(out, resume) as run, _fast_matmul(where):
+        inputs = {"codes": cache.manifest.digest, "tokenizer": cache.tokenizer}
+        run.require_inputs(KIND, inputs)
         train, validation = _load_splits(cache)
         config = config or TrainConfig()
         config = resolve(
@@ -83,11 +85,7 @@ def train_transformer(
             stored=run.config,
             given=given,
         )
-        inputs = {"codes": cache.manifest.digest, "tokenizer": cache.tokenizer}
-        run.settle(KIND, configs.to_dict(config), inputs, FREE)
         is_finished = run.is_finished(config.steps)
-        if not run.holds(TOKENIZER_KIND, TOKENIZER_KIND):
-            copy_artifact(source_folder, run.path / TOKENIZER_KIND, TOKENIZER_KIND)
         trainer = TransformerTrainer(
             config,
             load_tokenizer(source_folder, where),
@@ -98,15 +96,16 @@ def train_transformer(
             on_samples=on_samples,
             on_step=on_step,
         )
-        if is_finished:
-            on_step(Step(config.steps, config.steps, message=f"`{out}` has all its {config.steps:,} steps already"))
-        else:
+        if not is_finished:
             num_saves = config.keep_checkpoints + 1 if run.checkpoint is None else 1
             prepare_folder(run.path, need_bytes=num_saves * trainer.checkpoint_bytes())
             with memory_limits(trainer):
                 plan = trainer.prepare(run.step)
             if on_plan is not None:
                 on_plan(plan)
+        run.settle(KIND, configs.to_dict(config), inputs, FREE)  # only now, so that what cannot be leaves no trace
+        if not run.holds(TOKENIZER_KIND, TOKENIZER_KIND):
+            copy_artifact(source_folder, run.path / TOKENIZER_KIND, TOKENIZER_KIND)
         info = {"codes": cache.manifest.digest, "images": trainer.source.num_images}
         result = run_training(trainer, run, config.loop(), on_step, info)
     return TrainResult(
