@@ -80,7 +80,16 @@ def test_run_again_it_goes_on_with_its_own_settings(place):
         (["--steps", "0"], 1, "steps must be at least 1"),
         (["--precision", "fp8"], 1, "unknown precision"),
         (["--config", "none.toml"], 1, "cannot read config"),
-        (["nothing"], 1, "does not exist"),
+        (["nothing"], 1, "varcli tokenize IMAGES"),
+        (["--set", "mlp_ratio=nan"], 1, "takes a number"),
+        (["--set", "weight_decay=-1"], 1, "weight_decay must be"),
+        (["--set", "seed=-1"], 1, "seed must be"),
+        (["--epochs", "0"], 1, "epochs must be above 0"),
+        (["--epochs", "inf"], 1, "takes a number"),
+        (["--epochs", "1", "--steps", "2"], 1, "both say how long"),
+        (["--depth", "1", "--set", "depth=2"], 1, "give one of them"),
+        (["--name", "../evil"], 1, "use --out"),
+        (["--seed", "-1"], 2, "--seed"),
         (["models/tiny"], 1, "is a tokenizer folder, but a codes folder is needed"),
         (["--tokenizer", "codes"], 1, "holds no tokenizer"),
         (["--out", "codes"], 1, "holds no run"),
@@ -94,6 +103,13 @@ def test_bad_input_gets_one_clear_error(place, arguments, code, words):
     assert result.exit_code == code, result.stderr
     assert words in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_refused_run_leaves_nothing_and_the_corrected_one_runs(place):
+    refused = train("--depth", "2", "--steps", "2", "--name", "first", "--set", "num_heads=7")
+    assert refused.exit_code == 1 and not (place / "runs" / "first").exists()
+    corrected = train("--depth", "2", "--steps", "2", "--name", "first")
+    assert corrected.exit_code == 0, corrected.stderr
 
 
 def test_a_missing_gpu_is_said(place):

@@ -46,6 +46,15 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+_MAKERS = {
+    "codes": "varcli tokenize IMAGES --out codes",
+    "samples": "varcli sample",
+    "tokenizer": "varcli train-tokenizer IMAGES",
+    "transformer": "varcli train",
+}
+"""The command that makes each kind, for hints."""
+
+
 def is_artifact(folder: Path) -> bool:
     """Say whether `folder` holds a manifest."""
     return (folder / MANIFEST_NAME).is_file()
@@ -61,8 +70,11 @@ def read_manifest(folder: Path, kind: str | None = None) -> Manifest:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         wanted = f"a finished {kind} folder" if kind else "a finished varcli folder"
-        what = "has no manifest.json" if folder.is_dir() else "does not exist"
-        raise ArtifactError(f"`{folder}` is not {wanted}: it {what}", "run the command that makes it again, it resumes")
+        maker = _MAKERS.get(kind or "")
+        if not folder.is_dir():
+            raise ArtifactError(f"`{folder}` is not {wanted}: it does not exist", maker and f"make it with `{maker}`")
+        again = f"`{maker}`" if maker else "the command that makes it"
+        raise ArtifactError(f"`{folder}` is not {wanted}: it has no manifest.json", f"run {again} again, it resumes")
     value = read_json(path)
     try:
         manifest = Manifest(
