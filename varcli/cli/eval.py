@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from varcli.cli import console
-from varcli.cli.options import BatchSizeOption, DeviceOption, JsonOption
+from varcli.cli.options import BatchSizeOption, DeviceOption, JsonOption, WorkersOption
+from varcli.progress import ignore
 
 
 def evaluate(
@@ -46,13 +48,28 @@ def evaluate(
         bool, Option("--allow-unknown-weights", help="Take Inception weights other than the published ones.")
     ] = False,
     floor: Annotated[bool, Option("--floor/--no-floor", help="Also measure real images in the samples' place.")] = True,
+    cache: Annotated[
+        Path | None,
+        Option(
+            "--cache",
+            help="Folder that keeps the features of 2,048 images or more; default: varcli/features in the user's cache.",
+            show_default=False,
+        ),
+    ] = None,
+    keep: Annotated[bool, Option("--keep/--no-keep", help="Keep features for the next time, and for a rerun.")] = True,
     batch_size: BatchSizeOption = None,
+    workers: WorkersOption = None,
     device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
-    """Measure samples against real images: FID, Inception Score, precision, recall and others."""
-    from varcli.metrics.evaluate import EvalConfig
+    """Measure samples against real images: FID, Inception Score, precision, recall and others.
+
+    With several GPUs: torchrun --nproc-per-node 8 -m varcli eval SAMPLES.
+    """
+    from varcli.distributed import join_world
+    from varcli.metrics.evaluate import EvalConfig, fill_cache
     from varcli.metrics.evaluate import evaluate as run
+    from varcli.metrics.feature_cache import default_cache
 
     config = EvalConfig(
         reference=ref,
@@ -62,8 +79,16 @@ def evaluate(
         allow_unknown_weights=allow_unknown_weights,
         device=device,
         batch_size=batch_size,
+        workers=workers,
+        cache=(cache or default_cache()) if keep else None,
         floor=floor,
     )
+    with join_world(device) as (world, own_device):
+        if world.size > 1:
+            config = replace(config, device=own_device)
+            fill_cache(samples, config, console.progress("reading images") if world.is_first else ignore, world)
+        if not world.is_first:
+            return
     result = run(samples, config, on_step=console.progress("reading images"))
     if json:
         console.json_result(result.to_json())

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from varcli import __version__
 from varcli.devices import resolve_device
+from varcli.distributed import ALONE, World
 from varcli.errors import DataError, ShapeError
 from varcli.metrics import cautions
 from varcli.metrics.arrays import Rows
 from varcli.metrics.base import FeatureSet
 from varcli.metrics.compute import METRICS, choose_names, compute
-from varcli.metrics.features import ExtractedSet, Extractor, choose_extractor, extract_features
+from varcli.metrics.features import ExtractedSet, choose_extractor, extract_features
 from varcli.metrics.inception_score import inception_score
 from varcli.metrics.reference import Reference, default_reference, open_reference
-from varcli.metrics.samples import Samples, open_samples
+from varcli.metrics.samples import open_samples
 from varcli.metrics.sources import ImageSource
 from varcli.metrics.statistics import Statistics
 from varcli.progress import OnStep, ignore
@@ -42,6 +43,8 @@ class EvalConfig:
     allow_unknown_weights: bool = False  # take Inception weights other than the published ones
     device: str = "auto"  # as in `varcli.devices.resolve_device`
     batch_size: int | None = None  # images at a time; None chooses
+    workers: int | None = None  # processes that decode; None chooses
+    cache: Path | None = None  # folder that keeps features of large sets; None keeps none
     floor: bool = True  # also measure real images in the samples' place
 
 
@@ -79,17 +82,19 @@ def evaluate(samples: Path | Tensor, config: EvalConfig | None = None, on_step: 
     samples: a folder of images, an npz file (images, or statistics alone), or uint8 (N, 3, H, W). Raises VarcliError
     children for input that cannot be used, and DataError if not one of the metrics can be computed.
     """
-    config = config or EvalConfig()
-    device = resolve_device(config.device)
     with contextlib.ExitStack() as stack:
-        opened = open_samples(samples)
-        extractor = choose_extractor(config.features, config.inception_weights, device, config.allow_unknown_weights)
-        names = choose_names(config.metrics, extractor.name)
-        reference = None
-        if any(_needs_reference(name, extractor.name) for name in names):
-            reference = open_reference(config.reference or default_reference(opened.info), opened.side, stack)
-        run = _Run(extractor, names, config, on_step)
-        return run.evaluate(opened, reference)
+        run = _Run(samples, config or EvalConfig(), on_step, ALONE, stack)
+        return run.measure()
+
+
+def fill_cache(samples: Path, config: EvalConfig, on_step: OnStep, world: World) -> None:
+    """Compute the features that `evaluate` of the same samples and config reads, and leave them in `config.cache`.
+
+    Every rank of `world` must call this; afterwards one of them evaluates. Raises what `evaluate` raises while it reads
+    images, and ConfigError if there is no cache.
+    """
+    with contextlib.ExitStack() as stack:
+        _Run(samples, config, on_step, world, stack).extract()
 
 
 def compute_metrics(
@@ -131,28 +136,43 @@ def compute_metrics(
 
 
 class _Run:
-    """One evaluation with one network."""
+    """One evaluation with one network: what is opened, then read, then measured."""
 
-    def __init__(self, extractor: Extractor, names: list[str], config: EvalConfig, on_step: OnStep) -> None:
-        self.extractor = extractor
-        self.names = names
-        self.config = config
-        self.on_step = on_step
+    def __init__(
+        self, samples: Path | Tensor, config: EvalConfig, on_step: OnStep, world: World, stack: contextlib.ExitStack
+    ) -> None:
+        self.config, self.on_step, self.world = config, on_step, world
+        self.opened = open_samples(samples)
+        device = resolve_device(config.device)
+        self.extractor = choose_extractor(
+            config.features, config.inception_weights, device, config.allow_unknown_weights
+        )
+        self.names = choose_names(config.metrics, self.extractor.name)
+        self.reference: Reference | None = None
+        if any(_needs_reference(name, self.extractor.name) for name in self.names):
+            name = config.reference or default_reference(self.opened.info)
+            self.reference = open_reference(name, self.opened.side, stack)
+        for part in (self.opened, self.reference):
+            if part is not None:
+                self._check_statistics(part.shown, part.statistics)
+        self.floor_images = self._choose_floor_images()
 
-    def evaluate(self, opened: Samples, reference: Reference | None) -> EvalResult:
+    def extract(self) -> tuple[ExtractedSet | None, ExtractedSet | None, ExtractedSet | None]:
+        """Read the samples, the reference's images and those for the floor; None for what has no images."""
+        reference = None if self.reference is None else self.reference.images
+        return self._extract(self.opened.images), self._extract(reference), self._extract(self.floor_images)
+
+    def measure(self) -> EvalResult:
         """Extract, compute, and put the result together."""
-        self._check_statistics(opened.shown, opened.statistics)
-        if reference is not None:
-            self._check_statistics(reference.shown, reference.statistics)
-        sampled = None if opened.images is None else self._extract(opened.images)
+        opened, reference = self.opened, self.reference
+        sampled, real, held_out = self.extract()
         sample_set = FeatureSet(statistics=opened.statistics, spatial_statistics=opened.spatial_statistics)
         order = np.arange(0)
         if sampled is not None and opened.images is not None:
             order = _score_order(opened.images)
             sample_set = _feature_set(sampled, order)
-        real = real_set = None
+        real_set = None
         if reference is not None:
-            real = None if reference.images is None else self._extract(reference.images)
             stored = (reference.statistics, reference.spatial_statistics)
             real_set = FeatureSet(statistics=stored[0], spatial_statistics=stored[1])
             if real is not None:
@@ -161,7 +181,7 @@ class _Run:
         if not metrics:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
             raise DataError(f"not one metric can be computed: {reasons}")
-        floor, floor_images = self._floor(opened.images, reference, real, real_set)
+        floor, floor_images = self._floor(real, real_set, held_out)
         found = cautions.Findings(
             samples=opened.images,
             reference=None if reference is None else reference.images,
@@ -186,33 +206,48 @@ class _Run:
             versions={"varcli": __version__, **{name: version(name) for name in ("torch", "numpy", "torch-fidelity")}},
         )
 
-    def _extract(self, source: ImageSource) -> ExtractedSet:
-        return extract_features(source, self.extractor, "sfid" in self.names, self.config.batch_size, self.on_step)
+    def _extract(self, source: ImageSource | None) -> ExtractedSet | None:
+        if source is None:
+            return None
+        config = self.config
+        return extract_features(
+            source,
+            self.extractor,
+            "sfid" in self.names,
+            config.batch_size,
+            self.on_step,
+            cache=config.cache,
+            workers=config.workers,
+            world=self.world,
+        )
 
     def _compute(self, samples: FeatureSet, reference: FeatureSet | None) -> tuple[dict[str, float], dict[str, str]]:
         return compute(samples, reference, self.names, self.extractor.name, self.extractor.device)
 
+    def _choose_floor_images(self) -> ImageSource | None:
+        """Return real images to put in the samples' place, where the reference has more of them than it uses."""
+        samples, reference = self.opened.images, self.reference
+        if not self.config.floor or reference is None or reference.images is None:
+            return None
+        same_classes = samples is not None and samples.classes == reference.images.classes
+        return reference.more_real_images(
+            reference.images.count if samples is None else samples.count,
+            samples.labels if same_classes and samples else None,
+        )
+
     def _floor(
-        self,
-        samples: ImageSource | None,
-        reference: Reference | None,
-        real: ExtractedSet | None,
-        real_set: FeatureSet | None,
+        self, real: ExtractedSet | None, real_set: FeatureSet | None, held_out: ExtractedSet | None
     ) -> tuple[dict[str, float], str | None]:
         """Measure real images as if they were samples: others of the same data set, or else one half of the reference."""
-        if not self.config.floor or reference is None or reference.images is None or real is None:
+        if not self.config.floor or real is None or real_set is None:
             return {}, None
-        images, count = reference.images, len(real.features)
-        same_classes = samples is not None and samples.classes == images.classes
-        others = reference.more_real_images(
-            count if samples is None else samples.count, samples.labels if same_classes and samples else None
-        )
-        if others is not None:
-            held_out = self._extract(others)
+        others = self.floor_images
+        if others is not None and held_out is not None:
             floor, _ = self._compute(_feature_set(held_out, _score_order(others)), real_set)
             return floor, f"{others.count} of {others.shown}"
+        count = len(real.features)
         order = np.random.default_rng(_SHUFFLE_SEED).permutation(count)
-        halves = [_feature_set(real, part) for part in np.array_split(order, 2)]
+        halves = [_take(real, part) for part in np.array_split(order, 2)]
         floor, _ = self._compute(*halves)
         return floor, f"one half of the reference ({count - count // 2} images) against the other"
 
@@ -262,13 +297,22 @@ def _feature_set(
     statistics: Statistics | None = None,
     spatial_statistics: Statistics | None = None,
 ) -> FeatureSet:
-    """Take rows in an order, which only the Inception Score sees."""
+    """Make a set of everything; only the logits are put in `order`, which only the Inception Score sees."""
     return FeatureSet(
-        features=extracted.features[order],
-        spatial=None if extracted.spatial is None else extracted.spatial[order],
+        features=extracted.features,
+        spatial=extracted.spatial,
         logits=extracted.logits[order],
         statistics=statistics,
         spatial_statistics=spatial_statistics,
+    )
+
+
+def _take(extracted: ExtractedSet, rows: np.ndarray) -> FeatureSet:
+    """Make a set of some rows."""
+    return FeatureSet(
+        features=extracted.features[rows],
+        spatial=None if extracted.spatial is None else extracted.spatial[rows],
+        logits=extracted.logits[rows],
     )
 
 
