@@ -66,6 +66,14 @@ def test_more_images_can_be_added_later(tmp_path):
     assert len(manifest.files) == 8
 
 
+def test_a_second_class_joins_the_first_in_manifest_and_archive(tmp_path):
+    write(tmp_path / "out", WANTED[:3], npz=True)
+    _, manifest = write(tmp_path / "out", WANTED[3:])
+    assert {sample_name(*pair) for pair in WANTED} < set(manifest.files)
+    archive = np.load(tmp_path / "out" / "samples.npz", allow_pickle=False)
+    assert archive["arr_0"].shape[0] == len(WANTED)
+
+
 def test_other_settings_are_not_mixed(tmp_path):
     write(tmp_path / "begun", stop_after=1)
     write(tmp_path / "finished")

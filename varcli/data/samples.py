@@ -220,22 +220,23 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
         columns: int | None = None,
         npz: bool = False,
     ) -> Manifest:
-        """Write the grid, the npz if asked for, and the manifest of all of `wanted`.
+        """Write the grid of `wanted`, and the manifest (and npz if asked for) of all samples in the folder, by class.
 
         columns: of the grid, see `choose_for_grid`. info: added to the settings in the manifest. Raises ArtifactError if
         an image is missing or cannot be read back.
         """
         pairs = list(wanted)
-        names = [sample_name(*pair) for pair in pairs]
-        if self.missing(pairs) or not names:
+        if self.missing(pairs) or not pairs:
             lacking = len(self.missing(pairs))
-            raise ArtifactError(f"`{self.out}` lacks {lacking} of {len(names)} samples", "run the same command again")
-        paths = [self.out / name for name in names]
+            raise ArtifactError(f"`{self.out}` lacks {lacking} of {len(pairs)} samples", "run the same command again")
+        names = sorted(self._present, key=_natural)
+        npz = npz or (self.out / NPZ_NAME).exists()  # one that is there stays true
         try:
             chosen, columns = choose_for_grid(pairs, columns)
             shown = read_images(self.out / sample_name(*pair) for pair in chosen)
             first = np.concatenate([batch.numpy() for batch in shown])
             save_png(self.out / GRID_NAME, make_grid(first, columns))
+            paths = [self.out / name for name in names]
             if npz:
                 pixels = (image.numpy() for batch in read_images(paths) for image in batch)
                 write_npz(self.out / NPZ_NAME, pixels, len(paths), first.shape[-1])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from varcli import config as configs
-from varcli.data.samples import GRID_NAME, SamplesWriter
+from varcli.data.samples import GRID_NAME, SamplesWriter, sample_class
 from varcli.devices import resolve_precision
 from varcli.progress import OnStep, Step, ignore
 from varcli.sampling.generator import Generator, SampleConfig
@@ -61,5 +61,6 @@ def sample_to_folder(
             for (class_index, index), image in zip(batch, images, strict=True):
                 writer.write(class_index, index, image)
             on_step(Step(start + len(batch), len(missing), unit="images"))
-        writer.finish(wanted, info, columns=columns, npz=npz)
-    return SampleResult(folder=Path(out), grid=Path(out) / GRID_NAME, num_images=len(wanted), num_drawn=len(missing))
+        manifest = writer.finish(wanted, info, columns=columns, npz=npz)
+    count = sum(sample_class(name) is not None for name in manifest.files)
+    return SampleResult(folder=Path(out), grid=Path(out) / GRID_NAME, num_images=count, num_drawn=len(missing))
