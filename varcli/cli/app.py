@@ -42,7 +42,10 @@ INTERNAL_ERROR, OUT_OF_MEMORY, INTERRUPTED = 70, 8, 130
 
 
 class Command(NamedTuple):
-    """Where a command's function is (`module:function`, below varcli.cli) and the group it is listed under."""
+    """Where a command's function is (`module:function`, below varcli.cli) and the panel it is listed in.
+
+    A name of two words is a command of a group, e.g. "reference build".
+    """
 
     target: str
     group: str
@@ -59,6 +62,7 @@ COMMANDS = {
     "import": Command("import_:import_", "Models"),
     "export": Command("export:export", "Models"),
     "info": Command("info:info", "Models"),
+    "reference build": Command("reference:build", "Measure"),
     "bench": Command("bench:bench", "Measure"),
 }
 
@@ -172,12 +176,20 @@ def _program(
     """Train, sample and evaluate visual autoregressive models (next-scale prediction)."""
 
 
+GROUPS = {"reference": "Make the files that samples are measured against."}
+"""Groups of commands, and what they are for."""
+
+_groups: dict[str, typer.Typer] = {"": app}
 for _name, _entry in COMMANDS.items():
     _module, _, _function = _entry.target.partition(":")
     if importlib.util.find_spec(f"varcli.cli.{_module}") is None:
         continue
     _command = getattr(importlib.import_module(f"varcli.cli.{_module}"), _function)
-    app.command(_name, rich_help_panel=_entry.group)(guarded(_command))
+    _group, _, _word = _name.rpartition(" ")
+    if _group not in _groups:
+        _groups[_group] = typer.Typer(no_args_is_help=True)
+        app.add_typer(_groups[_group], name=_group, help=GROUPS[_group], rich_help_panel=_entry.group)
+    _groups[_group].command(_word, rich_help_panel=_entry.group)(guarded(_command))
 
 
 def main() -> None:

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from varcli.cli import console
-from varcli.cli.options import BatchSizeOption, DeviceOption, JsonOption, WorkersOption
+from varcli.cli.options import (
+    AllowUnknownWeightsOption,
+    BatchSizeOption,
+    CacheOption,
+    DeviceOption,
+    FeaturesOption,
+    InceptionWeightsOption,
+    JsonOption,
+    KeepOption,
+    WorkersOption,
+)
+from varcli.errors import ConfigError
 from varcli.progress import ignore
 
 
@@ -19,8 +30,8 @@ def evaluate(
         str | None,
         Option(
             "--ref",
-            help="Real images: a folder, an npz file with images or statistics, or emoji64; default: what the samples' "
-            "manifest names.",
+            help="Real images: a folder, an npz file with images or statistics, emoji64, imagenet256 or imagenet512; "
+            "default: what the samples' manifest names, else ImageNet at their size.",
             show_default=False,
         ),
     ] = None,
@@ -33,30 +44,12 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    features: Annotated[
-        str, Option("--features", help="inception, lite0, or auto: Inception if its weights are at hand.")
-    ] = "auto",
-    inception_weights: Annotated[
-        Path | None,
-        Option(
-            "--inception-weights",
-            help="weights-inception-2015-12-05-6726825d.pth; default: VARCLI_INCEPTION_WEIGHTS, then torch's downloads.",
-            show_default=False,
-        ),
-    ] = None,
-    allow_unknown_weights: Annotated[
-        bool, Option("--allow-unknown-weights", help="Take Inception weights other than the published ones.")
-    ] = False,
+    features: FeaturesOption = "auto",
+    inception_weights: InceptionWeightsOption = None,
+    allow_unknown_weights: AllowUnknownWeightsOption = False,
     floor: Annotated[bool, Option("--floor/--no-floor", help="Also measure real images in the samples' place.")] = True,
-    cache: Annotated[
-        Path | None,
-        Option(
-            "--cache",
-            help="Folder that keeps the features of 2,048 images or more; default: varcli/features in the user's cache.",
-            show_default=False,
-        ),
-    ] = None,
-    keep: Annotated[bool, Option("--keep/--no-keep", help="Keep features for the next time, and for a rerun.")] = True,
+    cache: CacheOption = None,
+    keep: KeepOption = True,
     batch_size: BatchSizeOption = None,
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
@@ -71,9 +64,12 @@ def evaluate(
     from varcli.metrics.evaluate import evaluate as run
     from varcli.metrics.feature_cache import default_cache
 
+    names = None if metrics is None else tuple(name.strip() for name in metrics.split(",") if name.strip())
+    if names == ():
+        raise ConfigError("`--metrics` names none", "e.g. --metrics fid,precision,recall")
     config = EvalConfig(
         reference=ref,
-        metrics=None if metrics is None else tuple(name.strip() for name in metrics.split(",") if name.strip()),
+        metrics=names,
         features=features,
         inception_weights=inception_weights,
         allow_unknown_weights=allow_unknown_weights,

@@ -42,6 +42,29 @@ TokenizerOption = Annotated[
 ClassesOption = Annotated[
     list[str] | None, Option("--class", help="Class name or number; repeat it for several.", show_default=False)
 ]
+FeaturesOption = Annotated[
+    str, Option("--features", help="inception, lite0, or auto: Inception if its weights are at hand.")
+]
+InceptionWeightsOption = Annotated[
+    Path | None,
+    Option(
+        "--inception-weights",
+        help="weights-inception-2015-12-05-6726825d.pth; default: VARCLI_INCEPTION_WEIGHTS, then torch's downloads.",
+        show_default=False,
+    ),
+]
+AllowUnknownWeightsOption = Annotated[
+    bool, Option("--allow-unknown-weights", help="Take Inception weights other than the published ones.")
+]
+CacheOption = Annotated[
+    Path | None,
+    Option(
+        "--cache",
+        help="Folder that keeps the features of 2,048 images or more; default: varcli/features in the user's cache.",
+        show_default=False,
+    ),
+]
+KeepOption = Annotated[bool, Option("--keep/--no-keep", help="Keep features for the next time, and for a rerun.")]
 ResumeOption = Annotated[
     str, Option("--resume", help="auto goes on with what the run folder holds; last-good after damage; never.")
 ]

@@ -177,7 +177,7 @@ class CodesWriter(contextlib.AbstractContextManager["CodesWriter"]):
         for split in self.tree.splits:
             if len(self.missing(split)):
                 raise ArtifactError(f"codes cache `{self.out}` is not complete yet", "run the same command again")
-        info = {**self._settings, "splits": {}, "skipped": [], "converted": {}}
+        info = {**self._settings, "source": str(self.tree.root), "splits": {}, "skipped": [], "converted": {}}
         known: dict[str, FileEntry] = {}
         skipped, converted = list(self.tree.skipped), Counter()
         for name, split in self.tree.splits.items():

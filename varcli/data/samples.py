@@ -105,11 +105,13 @@ def save_png(path: Path, image: Image.Image | Tensor | np.ndarray, durable: bool
     write_bytes(path, buffer.getvalue(), durable)
 
 
-def write_npz(path: Path, images: Iterable[np.ndarray], count: int, side: int) -> None:
+def write_npz(
+    path: Path, images: Iterable[np.ndarray], count: int, side: int, arrays: Mapping[str, np.ndarray] | None = None
+) -> None:
     """Write the npz of the ADM evaluation suite (Dhariwal and Nichol, arXiv:2105.05233): `arr_0`, uint8 (N, H, W, 3).
 
-    images: `count` arrays uint8 (3, side, side), written one at a time, so that memory holds one. Raises ShapeError if
-    their number or shape differs.
+    images: `count` arrays uint8 (3, side, side), written one at a time, so that memory holds one. arrays: more, by name.
+    Raises ShapeError if the number or shape of images differs.
     """
     written = 0
     member = zipfile.ZipInfo("arr_0.npy", _NPZ_DATE)
@@ -122,6 +124,9 @@ def write_npz(path: Path, images: Iterable[np.ndarray], count: int, side: int) -
                     raise ShapeError(f"npz images must be uint8 (3, {side}, {side}), but one is {image.shape}")
                 file.write(np.ascontiguousarray(image.transpose(1, 2, 0)).tobytes())
                 written += 1
+        for name, array in (arrays or {}).items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy", _NPZ_DATE), "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
         if written != count:
             raise ShapeError(f"the npz was to hold {count} images, but {written} came")
 

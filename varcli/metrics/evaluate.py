@@ -27,7 +27,7 @@ from varcli.metrics.reference import Reference, default_reference, open_referenc
 from varcli.metrics.samples import open_samples
 from varcli.metrics.sources import ImageSource
 from varcli.metrics.statistics import Statistics
-from varcli.progress import OnStep, ignore
+from varcli.progress import OnStep, Step, ignore
 
 _SHUFFLE_SEED = 0  # of the order in which the Inception Score reads a folder, and of the halves of a reference
 
@@ -150,11 +150,14 @@ class _Run:
         self.names = choose_names(config.metrics, self.extractor.name)
         self.reference: Reference | None = None
         if any(_needs_reference(name, self.extractor.name) for name in self.names):
-            name = config.reference or default_reference(self.opened.info)
-            self.reference = open_reference(name, self.opened.side, stack)
+            name = config.reference or default_reference(self.opened.info, self.opened.side)
+            on_step(Step(0, None, "images", message=f"reference: {name}"))
+            self.reference = open_reference(name, self.opened.side, stack, on_step)
         for part in (self.opened, self.reference):
             if part is not None:
                 self._check_statistics(part.shown, part.statistics)
+        if self.reference is not None:
+            self._check_record(self.reference)
         self.floor_images = self._choose_floor_images()
 
     def extract(self) -> tuple[ExtractedSet | None, ExtractedSet | None, ExtractedSet | None]:
@@ -268,6 +271,17 @@ class _Run:
                 if self.extractor.name != "inception"
                 else "make them again with this network",
             )
+
+    def _check_record(self, reference: Reference) -> None:
+        """Refuse a file that says that its statistics are of other features than those in use."""
+        mine = {"network": self.extractor.name, "weights_sha256": self.extractor.weights_sha256}
+        for key, value in mine.items():
+            if reference.record.get(key, value) != value:
+                raise DataError(
+                    f"`{reference.shown}` holds statistics of {reference.record.get('network')} features "
+                    f"({reference.record[key]}), but those in use are {self.extractor.name}'s ({value})",
+                    "make it again with `varcli reference build`, or choose --features to fit",
+                )
 
     def _describe_features(self, images: ImageSource | None) -> dict[str, Any]:
         side = (0, 0) if images is None else (images.height, images.width)

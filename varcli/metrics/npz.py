@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -21,6 +22,10 @@ from varcli.metrics.statistics import Statistics, check_statistics
 
 IMAGES_KEY = "arr_0"
 STATISTICS_KEYS, SPATIAL_KEYS = ("mu", "sigma"), ("mu_s", "sigma_s")
+RECORD_KEY = "varcli"
+"""A JSON text of what made the file, in those that varcli wrote."""
+
+_MAX_RECORD = 2**20  # bytes
 _MAX_STATISTICS = 2**30  # bytes; a 2048 x 2048 float64 matrix has 34 MB
 
 
@@ -71,6 +76,25 @@ class NpzFile:
         with zipfile.ZipFile(self.path) as archive:
             member = archive.getinfo(f"{IMAGES_KEY}.npy")
         return digest_json({"crc": member.CRC, "size": member.file_size, "shape": list(self.image_shape or ())})
+
+    def read_record(self) -> dict[str, Any]:
+        """Return what a file that varcli wrote says of itself; empty for others. Raises ShapeError if it is garbled."""
+        if RECORD_KEY not in self.headers:
+            return {}
+        shape, dtype, _ = self.headers[RECORD_KEY]
+        try:
+            if shape != () or dtype.kind != "U" or dtype.itemsize > _MAX_RECORD:
+                raise ValueError(f"{dtype} {shape}")
+            with np.load(self.path, allow_pickle=False) as stored:
+                value = json.loads(str(stored[RECORD_KEY]))
+            if not isinstance(value, dict):
+                raise ValueError("no object")
+        except ValueError as error:
+            raise ShapeError(
+                f"`{escape_path(str(self.path))}`: its `{RECORD_KEY}` is no record of varcli's: {error}",
+                "make it again",
+            ) from None
+        return value
 
     def read_statistics(self, keys: tuple[str, str]) -> Statistics | None:
         """Return the checked statistics stored under `keys` (mean, covariance), or None if one of them is missing."""

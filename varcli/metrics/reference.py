@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from varcli.data.emoji import EMOJI64_CLASSES, unpack_emoji64
 from varcli.data.images import ImageTree, open_images
 from varcli.data.paths import escape_path
 from varcli.errors import ArtifactError, ConfigError, DataError
+from varcli.metrics.named_references import NAMED, named_reference
 from varcli.metrics.npz import SPATIAL_KEYS, STATISTICS_KEYS, open_npz
 from varcli.metrics.sources import ImageSource, from_folder, from_npz, from_tree
 from varcli.metrics.statistics import Statistics
+from varcli.progress import OnStep, ignore
 
 EMBEDDED = "emoji64"
 """The reference that comes with varcli."""
@@ -36,6 +38,7 @@ class Reference:
     tree: ImageTree | None = None  # where the images are a split of a tree, which may hold more real images
     split: str | None = None  # that split
     sha256: str | None = None  # of an npz file
+    record: dict[str, Any] = field(default_factory=dict)  # what an npz file of varcli's says of itself
     shown: str = ""  # path or name, printable
 
     def more_real_images(self, count: int, labels: np.ndarray | None, seed: int = 0) -> ImageSource | None:
@@ -59,36 +62,46 @@ class Reference:
         return from_tree(self.tree, others[0], self.images.width, np.sort(chosen), self.name)
 
 
-def default_reference(info: Mapping[str, Any] | None) -> str:
-    """Return the reference that a samples manifest names, or emoji64 if the samples show its classes.
+def default_reference(info: Mapping[str, Any] | None, side: tuple[int, int] | None = None) -> str:
+    """Return what to measure samples against where the user names nothing.
 
-    Raises ConfigError if there is none to be found.
+    info: of the samples' manifest, None without one. side: their height and width. The images that the manifest records,
+    if they are still there; emoji64 for samples of its classes; else ImageNet at their size, for a thousand classes or
+    where nothing is known of them. Raises ConfigError if none of these fits.
     """
-    recorded = (info or {}).get("reference")
-    if isinstance(recorded, str) and recorded:
-        if recorded != EMBEDDED and not Path(recorded).exists():
-            raise ConfigError(
-                f"these samples name the real images `{escape_path(recorded)}`, which are not there",
-                "pass --ref with where they are now",
-            )
+    recorded, classes = (info or {}).get("reference"), tuple((info or {}).get("classes") or ())
+    has_record = isinstance(recorded, str) and bool(recorded)
+    if has_record and (recorded in (EMBEDDED, *NAMED) or Path(recorded).exists()):
         return recorded
-    if info is not None and tuple(info.get("classes") or ()) == EMOJI64_CLASSES:
+    if classes == EMOJI64_CLASSES:
         return EMBEDDED
+    if has_record:
+        raise ConfigError(
+            f"these samples name the real images `{escape_path(recorded)}`, which are not there",
+            "pass --ref with where they are now",
+        )
+    for name, entry in NAMED.items():
+        if side == (entry.side, entry.side) and (info is None or len(classes) in (0, 1000)):
+            return name
     raise ConfigError(
         "these samples do not say which real images to compare them with",
-        "pass --ref with a folder of real images, an npz file, or emoji64",
+        f"pass --ref with a folder of real images, an npz file, or one of {', '.join((EMBEDDED, *NAMED))}",
     )
 
 
-def open_reference(name: str, side: tuple[int, int] | None, stack: contextlib.ExitStack) -> Reference:
+def open_reference(
+    name: str, side: tuple[int, int] | None, stack: contextlib.ExitStack, on_step: OnStep = ignore
+) -> Reference:
     """Open what `--ref` names.
 
-    name: "emoji64"; a folder of images, of which a validation split is taken where there is one; a folder that
-    `varcli sample` wrote; or an npz file. side: height and width of the samples, None if they
-    are statistics alone. stack: holds temporary files.
+    name: "emoji64"; one of `NAMED`, which is fetched if it is not at hand; a folder of images, of which a validation split
+    is taken where there is one; a folder that `varcli sample` wrote; or an npz file. side: height and width of the
+    samples, None if they are statistics alone. stack: holds temporary files.
     Raises VarcliError children for what is missing, damaged, unsafe, or of another size than the samples.
     """
     path = Path(name)
+    if name in NAMED and not path.exists():
+        path = named_reference(name, on_step)
     if name == EMBEDDED and not path.exists():
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="varcli-"))) / EMBEDDED
         unpack_emoji64(folder)
@@ -100,15 +113,22 @@ def open_reference(name: str, side: tuple[int, int] | None, stack: contextlib.Ex
         reference = _from_tree_folder(path, side, escape_path(name))
     elif path.is_file():
         file = open_npz(path)
+        record = file.read_record()
+        count = record.get("images", {}).get("count")
+        statistics, spatial = (file.read_statistics(keys) for keys in (STATISTICS_KEYS, SPATIAL_KEYS))
         reference = Reference(
             images=from_npz(file),
-            statistics=file.read_statistics(STATISTICS_KEYS),
-            spatial_statistics=file.read_statistics(SPATIAL_KEYS),
+            statistics=replace(statistics, count=count) if statistics else None,
+            spatial_statistics=replace(spatial, count=count) if spatial else None,
             sha256=hash_file(path).sha256,
+            record=record,
             shown=escape_path(name),
         )
     else:
-        raise ArtifactError(f"there is no reference `{escape_path(name)}`", "pass a folder, an npz file, or emoji64")
+        known = ", ".join((EMBEDDED, *NAMED))
+        raise ArtifactError(
+            f"there is no reference `{escape_path(name)}`", f"pass a folder, an npz file, or one of {known}"
+        )
     images = reference.images
     if images is not None and side is not None and (images.height, images.width) != side:
         raise DataError(

@@ -67,11 +67,13 @@ class Generator:
         classes: Sequence[str] | None = None,
         order: str = "scale",
         weights_sha256: str | None = None,
+        source: str | None = None,
     ) -> None:
         if order not in ORDERS:
             raise unknown_name("order", order, ORDERS, ArtifactError)
         self.tokenizer, self.transformer = tokenizer, transformer
         self.weights_sha256 = weights_sha256  # of the transformer's file, None if it came from none
+        self.source = source  # the images it learned from, as its manifest names them
         self.order = ORDERS[order](tokenizer.quantizer)
         config = transformer.config
         mine = (tuple(config.step_lengths), config.vocab_size, config.code_channels)
@@ -102,7 +104,8 @@ class Generator:
             )
         order = str(manifest.info.get("order", "scale"))
         sha256 = manifest.files["weights.safetensors"].sha256
-        return cls(tokenizer, transformer, manifest.info.get("classes"), order, sha256)
+        source = manifest.info.get("source")
+        return cls(tokenizer, transformer, manifest.info.get("classes"), order, sha256, source)
 
     def sample(
         self,

@@ -30,7 +30,6 @@ def sample_to_folder(
     config: SampleConfig | None = None,
     *,
     model: str = "",
-    reference: str | None = None,
     batch_size: int | None = None,
     columns: int | None = None,
     npz: bool = False,
@@ -38,8 +37,9 @@ def sample_to_folder(
 ) -> SampleResult:
     """Draw images into `out`, as PNGs with a grid and a manifest; a rerun draws only what is missing.
 
-    wanted: (class index, index within the class) of each image. model: how the model is called, for the manifest.
-    reference: what `varcli eval` shall measure against. npz: also write the array that evaluation suites read.
+    wanted: (class index, index within the class) of each image. model: how the model is called, for the manifest, which
+    also names the images the model learned from: `varcli eval` measures against them. npz: also write the array that
+    evaluation suites read.
     Raises ConfigError if `out` holds samples made with other settings, ArtifactError if it cannot be written.
     """
     config = config or SampleConfig()
@@ -49,7 +49,7 @@ def sample_to_folder(
     info = {
         "image_size": generator.tokenizer.config.image_size,
         "guidance": "(1 + t) * cond - t * uncond",
-        **({"reference": reference} if reference else {}),
+        **({"reference": generator.source} if generator.source else {}),
     }
     size = batch_size or generator.default_batch_size
     with SamplesWriter(out, settings) as writer:

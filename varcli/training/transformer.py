@@ -106,7 +106,7 @@ def train_transformer(
         run.settle(KIND, configs.to_dict(config), inputs, FREE)  # only now, so that what cannot be leaves no trace
         if not run.holds(TOKENIZER_KIND, TOKENIZER_KIND):
             copy_artifact(source_folder, run.path / TOKENIZER_KIND, TOKENIZER_KIND)
-        info = {"codes": cache.manifest.digest, "images": trainer.source.num_images}
+        info = {"codes": cache.manifest.digest, "images": trainer.source.num_images, "source": cache.info.get("source")}
         result = run_training(trainer, run, config.loop(), on_step, info)
     return TrainResult(
         folder=Path(out),
