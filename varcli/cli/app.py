@@ -62,6 +62,7 @@ COMMANDS = {
     "import": Command("import_:import_", "Models"),
     "export": Command("export:export", "Models"),
     "info": Command("info:info", "Models"),
+    "sweep": Command("sweep:sweep", "Measure"),
     "reference build": Command("reference:build", "Measure"),
     "bench": Command("bench:bench", "Measure"),
 }

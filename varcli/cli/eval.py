@@ -23,6 +23,8 @@ from varcli.cli.options import (
 from varcli.errors import ConfigError
 from varcli.progress import ignore
 
+_NEIGHBOURS = 12  # samples in a report beside the real images nearest to them
+
 
 def evaluate(
     samples: Annotated[Path, Argument(help="Folder of images, e.g. from `varcli sample`, or an npz file.")],
@@ -48,6 +50,9 @@ def evaluate(
     inception_weights: InceptionWeightsOption = None,
     allow_unknown_weights: AllowUnknownWeightsOption = False,
     floor: Annotated[bool, Option("--floor/--no-floor", help="Also measure real images in the samples' place.")] = True,
+    html: Annotated[
+        Path | None, Option("--html", help="Also write a report as a page of HTML.", show_default=False)
+    ] = None,
     cache: CacheOption = None,
     keep: KeepOption = True,
     batch_size: BatchSizeOption = None,
@@ -78,6 +83,7 @@ def evaluate(
         workers=workers,
         cache=(cache or default_cache()) if keep else None,
         floor=floor,
+        neighbours=_NEIGHBOURS if html else 0,
     )
     with join_world(device) as (world, own_device):
         if world.size > 1:
@@ -86,6 +92,11 @@ def evaluate(
         if not world.is_first:
             return
     result = run(samples, config, on_step=console.progress("reading images"))
+    if html:
+        from varcli.report.evaluation import write_report
+
+        write_report(result, html)
+        console.note(f"report: {html}")
     if json:
         console.json_result(result.to_json())
         return
@@ -112,6 +123,8 @@ def show(result: Any) -> None:
     if result.floor:
         console.result(f"real images: {result.floor_images}")
     console.result(f"features:    {network}, weights {result.features['weights_sha256'][:12]}")
+    if result.published:
+        _show_published(result)
     for name, reason in result.skipped.items():
         console.note(f"skipped {name}: {reason}")
     for warning in result.warnings:
@@ -121,6 +134,18 @@ def show(result: Any) -> None:
             "for FID, fetch weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases and pass "
             "--inception-weights PATH"
         )
+
+
+def _show_published(result: Any) -> None:
+    """Print where the result stands among published ones."""
+    own = ("this result", str(result.samples["path"]), result.metrics["fid"], result.metrics.get("inception_score"))
+    rows = [(row.kind, row.model, row.fid, row.inception_score) for row in result.published]
+    rows = sorted([*rows, own], key=lambda row: row[2])
+    console.result("")
+    console.table(
+        ("", "model", "FID", "IS"),
+        [(kind, model, f"{fid:.2f}", "-" if score is None else f"{score:.1f}") for kind, model, fid, score in rows],
+    )
 
 
 def _number(value: float | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,58 +21,19 @@ from varcli.metrics.arrays import Rows
 from varcli.metrics.base import FeatureSet
 from varcli.metrics.compute import METRICS, choose_names, compute
 from varcli.metrics.features import ExtractedSet, choose_extractor, extract_features
+from varcli.metrics.inception import WEIGHTS_SHA256
 from varcli.metrics.inception_score import inception_score
+from varcli.metrics.published import Published, beside
 from varcli.metrics.reference import Reference, default_reference, open_reference
-from varcli.metrics.samples import open_samples
+from varcli.metrics.result import EvalConfig, EvalResult, Neighbours
+from varcli.metrics.samples import Samples, open_samples
 from varcli.metrics.sources import ImageSource
 from varcli.metrics.statistics import Statistics
 from varcli.progress import OnStep, Step, ignore
 
+_SETTINGS = ("model", "seed", "cfg", "cfg_schedule", "top_k", "top_p", "smooth", "precision", "guidance", "transformer")
+_NUM_NEIGHBOURS = 5
 _SHUFFLE_SEED = 0  # of the order in which the Inception Score reads a folder, and of the halves of a reference
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """How samples are evaluated."""
-
-    reference: str | None = None  # folder, npz file or "emoji64"; None takes what the samples' manifest names
-    metrics: tuple[str, ...] | None = None  # names of METRICS, or as they appear in results; None takes the usual ones
-    features: str = "auto"  # inception, lite0, or auto: Inception if its weights are at hand
-    inception_weights: Path | None = None  # file; None looks in $VARCLI_INCEPTION_WEIGHTS and torch's download folder
-    allow_unknown_weights: bool = False  # take Inception weights other than the published ones
-    device: str = "auto"  # as in `varcli.devices.resolve_device`
-    batch_size: int | None = None  # images at a time; None chooses
-    workers: int | None = None  # processes that decode; None chooses
-    cache: Path | None = None  # folder that keeps features of large sets; None keeps none
-    floor: bool = True  # also measure real images in the samples' place
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalResult:
-    """Numbers, and what they stand for."""
-
-    metrics: dict[str, float]  # by name, in the order asked for
-    skipped: dict[str, str]  # metrics that could not be computed, and why
-    floor: dict[str, float]  # the same metrics of real images in the samples' place; empty if there are none
-    floor_images: str | None  # which real images those are
-    samples: dict[str, Any]  # path, count, size, order, preparation
-    reference: dict[str, Any] | None  # likewise, or None if no metric needs one
-    features: dict[str, Any]  # network, hash of its weights, preprocessing, device
-    warnings: tuple[str, ...]  # what a reader must know before comparing the numbers
-    versions: dict[str, str]  # of varcli and of the libraries that compute
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON object: each number under its own name, the rest beside them."""
-        return {
-            **self.metrics,
-            "floor": {"images": self.floor_images, **self.floor} if self.floor else None,
-            "skipped": self.skipped,
-            "samples": self.samples,
-            "reference": self.reference,
-            "features": self.features,
-            "warnings": list(self.warnings),
-            "versions": self.versions,
-        }
 
 
 def evaluate(samples: Path | Tensor, config: EvalConfig | None = None, on_step: OnStep = ignore) -> EvalResult:
@@ -193,9 +153,12 @@ class _Run:
             num_repeated=0 if sampled is None else sampled.num_repeated,
             has_unused_statistics=opened.has_unused_statistics,
             score_in_other_order=self._other_score(sampled, order, metrics),
+            info=opened.info or {},
+            grid_contrast=None if opened.images is None else cautions.grid_contrast(opened.images),
         )
         described = {"path": opened.shown} if opened.images is None else opened.images.describe()
         if sampled is not None and opened.images is not None:
+            described |= _describe_samples(opened)
             described["order"] = "as in the file" if opened.images.has_order else f"shuffled, seed {_SHUFFLE_SEED}"
         return EvalResult(
             metrics=metrics,
@@ -206,6 +169,8 @@ class _Run:
             reference=None if reference is None else _describe(reference),
             features=self._describe_features(opened.images),
             warnings=cautions.find(found),
+            published=self._published(metrics),
+            neighbours=self._neighbours(sampled, real),
             versions={"varcli": __version__, **{name: version(name) for name in ("torch", "numpy", "torch-fidelity")}},
         )
 
@@ -272,6 +237,32 @@ class _Run:
                 else "make them again with this network",
             )
 
+    def _published(self, metrics: dict[str, float]) -> tuple[Published, ...]:
+        """Rows of papers, if the features and the reference are theirs."""
+        reference, images = self.reference, self.opened.images
+        if reference is None or reference.statistics is None or reference.record or images is None:
+            return ()
+        return beside(metrics, images.width) if self.extractor.weights_sha256 == WEIGHTS_SHA256 else ()
+
+    def _neighbours(self, sampled: ExtractedSet | None, real: ExtractedSet | None) -> tuple[Neighbours, ...]:
+        samples, reference = self.opened.images, self.reference
+        if not self.config.neighbours or sampled is None or samples is None or real is None:
+            return ()
+        if reference is None or reference.images is None:
+            return ()
+        found = []
+        for index in np.unique(np.linspace(0, samples.count - 1, self.config.neighbours).astype(int)):
+            squared = ((real.features - sampled.features[index]) ** 2).sum(axis=1)
+            nearest = np.argsort(squared, kind="stable")[:_NUM_NEIGHBOURS]
+            found.append(
+                Neighbours(
+                    sample=_read_one(samples, int(index)),
+                    nearest=tuple(_read_one(reference.images, int(place)) for place in nearest),
+                    distances=tuple(float(distance) for distance in np.sqrt(squared[nearest])),
+                )
+            )
+        return tuple(found)
+
     def _check_record(self, reference: Reference) -> None:
         """Refuse a file that says that its statistics are of other features than those in use."""
         mine = {"network": self.extractor.name, "weights_sha256": self.extractor.weights_sha256}
@@ -328,6 +319,23 @@ def _take(extracted: ExtractedSet, rows: np.ndarray) -> FeatureSet:
         spatial=None if extracted.spatial is None else extracted.spatial[rows],
         logits=extracted.logits[rows],
     )
+
+
+def _read_one(source: ImageSource, index: int) -> np.ndarray:
+    (images,) = source.batches(1, index, index + 1, workers=0)
+    return images[0].numpy()
+
+
+def _describe_samples(opened: Samples) -> dict[str, Any]:
+    """What the samples' manifest says of how they were drawn, and how many there are of each class."""
+    info, described = opened.info or {}, dict[str, Any]()
+    settings = {name: info[name] for name in _SETTINGS if name in info}
+    if settings:
+        described["settings"] = settings
+    if opened.images is not None and opened.images.labels is not None:
+        counts = cautions.class_counts(opened.images)
+        described["images_per_class"] = {"fewest": int(counts.min()), "most": int(counts.max()), "classes": len(counts)}
+    return described
 
 
 def _describe(reference: Reference) -> dict[str, Any]:
