@@ -60,7 +60,7 @@ CacheOption = Annotated[
     Path | None,
     Option(
         "--cache",
-        help="Folder that keeps the features of 2,048 images or more; default: varcli/features in the user's cache.",
+        help="Folder that keeps the features of 256 images or more; default: varcli/features in the user's cache.",
         show_default=False,
     ),
 ]

@@ -23,7 +23,7 @@ from varcli.progress import OnStep, Step, ignore
 EXTRACTORS = {"inception": InceptionExtractor, "lite0": Lite0Extractor}
 """Every feature network by name, each in its own file."""
 
-CACHE_FROM = 2048
+CACHE_FROM = 256
 """Images from which on features are kept; fewer are computed again in seconds."""
 
 _VERSION = 1  # of what a cached row means; changes with the code that computes it

@@ -23,7 +23,7 @@ class EvalConfig:
     device: str = "auto"  # as in `varcli.devices.resolve_device`
     batch_size: int | None = None  # images at a time; None chooses
     workers: int | None = None  # processes that decode; None chooses
-    cache: Path | None = None  # folder that keeps features of large sets; None keeps none
+    cache: Path | None = None  # folder that keeps features of 256 images or more; None keeps none
     floor: bool = True  # also measure real images in the samples' place
     neighbours: int = 0  # samples to find the nearest real images of, for a report
 
