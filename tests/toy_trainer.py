@@ -66,7 +66,7 @@ class ToyTrainer(Trainer):
 
 def train_toy(out: Path, steps: int = 20, resume: str = "auto", trainer: Trainer | None = None, **loop) -> LoopResult:
     """Train for `steps`, going on from what is in `out`."""
-    loop = {"log_every": 1, "eval_every": 7, "save_every": 5, "tensorboard": False, **loop}
+    loop = {"log_every": 1, "validate_every": 7, "save_every": 5, "tensorboard": False, **loop}
     with open_run(out, resume) as run:
         run.settle("toy", {"steps": steps, "width": 3}, {}, free=LoopConfig.FREE)
         return run_training(trainer or ToyTrainer(20), run, LoopConfig(steps=steps, **loop))

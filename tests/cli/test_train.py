@@ -151,7 +151,7 @@ def test_a_terminated_run_exits_with_75_and_goes_on(place):
         "--set",
         "log_every=1",
         "--set",
-        "eval_every=0",
+        "validate_every=0",
         "--set",
         "warmup_steps=0",
     ]

@@ -28,7 +28,7 @@ SMALL = TrainConfig(
     keep_best=False,
     compile=False,
     log_every=1,
-    eval_every=0,
+    validate_every=0,
     sample_every=0,
     tensorboard=False,
 )

@@ -216,11 +216,11 @@ def test_a_log_that_cannot_be_written_does_not_stop_training(tmp_path, monkeypat
 
 
 def test_the_best_weights_are_published_if_they_are_to_be_kept(tmp_path):
-    best = train_toy(tmp_path / "best", keep_best=True, eval_every=1).best
+    best = train_toy(tmp_path / "best", keep_best=True, validate_every=1).best
     manifest = read_manifest(tmp_path / "best" / "toy", "toy")
     assert manifest.info["step"] == best["step"]
     assert manifest.info["validation_loss"] == best["loss"]
-    train_toy(tmp_path / "last", eval_every=1)
+    train_toy(tmp_path / "last", validate_every=1)
     assert read_manifest(tmp_path / "last" / "toy", "toy").info["step"] == 20
 
 
@@ -241,9 +241,26 @@ def test_a_run_that_ends_on_a_validation_that_is_no_number_says_so_and_never_tak
     with open_run(tmp_path / "run", "auto") as opened:
         opened.settle("toy", {}, {}, ())
         with pytest.raises(NumericError, match="diverged"):
-            run_training(trainer, opened, LoopConfig(steps=4, eval_every=2, keep_best=True))
+            run_training(trainer, opened, LoopConfig(steps=4, validate_every=2, keep_best=True))
     manifest = read_manifest(tmp_path / "run" / "checkpoints" / "step-0000004", "checkpoint")
     assert manifest.info["best"] == {"step": 2, "loss": 1.0}
+
+
+def test_samples_are_evaluated_when_due_and_a_failure_does_not_end_the_run(tmp_path):
+    trainer, told = ToyTrainer(steps=5), []
+
+    def evaluate(step):
+        if step == 4:
+            raise ConfigError("no reference")
+        return {"kid": 1.0 / step}
+
+    trainer.evaluate = evaluate
+    with open_run(tmp_path / "run", "auto") as opened:
+        opened.settle("toy", {}, {}, ())
+        run_training(trainer, opened, LoopConfig(steps=5, eval_every=2), on_step=told.append)
+    lines = read_log(tmp_path / "run", "evaluation")
+    assert [(line["step"], line["kid"]) for line in lines] == [(2, 0.5), (5, 0.2)]
+    assert any("no reference" in (step.message or "") for step in told)
 
 
 def test_a_run_without_a_checkpoint_is_begun_anew_with_other_settings(tmp_path):

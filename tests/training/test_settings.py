@@ -66,7 +66,7 @@ def test_what_is_given_wins_over_the_recipe():
 def test_few_images_keep_the_best_weights_if_some_are_held_out():
     assert resolved(num_images=5000).keep_best
     assert not resolved(num_images=5000, has_validation=False).keep_best
-    assert resolved(num_images=5000, has_validation=False).eval_every == 0
+    assert resolved(num_images=5000, has_validation=False).validate_every == 0
     assert resolved(TrainConfig(depth=4), num_images=7).batch_size == 7
     with pytest.raises(ConfigError, match="validation split"):
         resolved(TrainConfig(keep_best=True), has_validation=False)

@@ -41,7 +41,7 @@ def config(**changes) -> TokenizerTrainConfig:
         "adversarial_start": 0.5,
         "restart_every": 3,
         "log_every": 1,
-        "eval_every": 8,
+        "validate_every": 8,
         "save_every": 4,
     }
     return TokenizerTrainConfig(**{**values, **changes})
@@ -79,7 +79,9 @@ def test_a_bare_rerun_goes_on_with_the_settings_the_run_was_begun_with(tiny_imag
 
 
 def test_the_loss_falls_and_the_result_says_how_good_it_is(tiny_images, tmp_path):
-    result = train_tokenizer(tiny_images, tmp_path / "run", config(steps=60, eval_every=60, save_every=0), device="cpu")
+    result = train_tokenizer(
+        tiny_images, tmp_path / "run", config(steps=60, validate_every=60, save_every=0), device="cpu"
+    )
     found = losses(tmp_path / "run")
     assert sum(found[-10:-5]) < 0.8 * sum(found[:5])
     assert result.validation["psnr"] > 0
@@ -88,7 +90,9 @@ def test_the_loss_falls_and_the_result_says_how_good_it_is(tiny_images, tmp_path
 
 
 def test_a_perceptual_loss_is_part_of_the_gradient(tiny_images, tmp_path):
-    train_tokenizer(tiny_images, tmp_path / "run", config(steps=2, perceptual_weight=0.5, eval_every=0), device="cpu")
+    train_tokenizer(
+        tiny_images, tmp_path / "run", config(steps=2, perceptual_weight=0.5, validate_every=0), device="cpu"
+    )
     (first, *_) = [r for r in read_json_lines(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
     assert first["perceptual_loss"] > 0
 
@@ -96,9 +100,11 @@ def test_a_perceptual_loss_is_part_of_the_gradient(tiny_images, tmp_path):
 def test_fewer_images_than_a_batch_and_other_settings_are_refused(tiny_images, tmp_path):
     with pytest.raises(DataError, match="fewer than one batch"):
         train_tokenizer(tiny_images, tmp_path / "a", config(batch_size=100), device="cpu")
-    train_tokenizer(tiny_images, tmp_path / "b", config(steps=2, eval_every=0), device="cpu")
+    train_tokenizer(tiny_images, tmp_path / "b", config(steps=2, validate_every=0), device="cpu")
     with pytest.raises(ConfigError, match="learning_rate"):
-        train_tokenizer(tiny_images, tmp_path / "b", config(steps=2, eval_every=0, learning_rate=1e-5), device="cpu")
+        train_tokenizer(
+            tiny_images, tmp_path / "b", config(steps=2, validate_every=0, learning_rate=1e-5), device="cpu"
+        )
 
 
 def test_the_discriminator_is_heard_late_and_softly():

@@ -47,7 +47,7 @@ TINY = TrainConfig(
     keep_best=False,
     precision="fp32",
     log_every=1,
-    eval_every=5,
+    validate_every=5,
     sample_every=0,
     save_every=4,
     tensorboard=False,
@@ -102,7 +102,7 @@ def test_sampling_and_planning_do_not_change_training(tmp_path, codes, tokenizer
         drawn.append((request.step, request.transformer.training, request.classes))
 
     train(codes, tmp_path / "plain", tokenizer_folder)
-    config = replace(TINY, sample_every=5, eval_every=3)
+    config = replace(TINY, sample_every=5, validate_every=3)
     train(codes, tmp_path / "watched", tokenizer_folder, config, on_samples=draw, on_plan=plans.append)
     assert losses(tmp_path / "plain") == losses(tmp_path / "watched")
     assert drawn == [(step, False, ("apple", "boat", "cat")) for step in (5, 10, 12)]
@@ -146,7 +146,7 @@ def test_the_loss_is_the_mean_over_tokens_and_labels_are_dropped_in_training_onl
 
 
 def test_a_model_learns_what_there_is_to_learn(tmp_path, codes, tokenizer_folder):
-    config = replace(TINY, steps=150, learning_rate=1e-2, dropout=0.0, drop_path=0.0, log_every=50, eval_every=50)
+    config = replace(TINY, steps=150, learning_rate=1e-2, dropout=0.0, drop_path=0.0, log_every=50, validate_every=50)
     result = train(codes, tmp_path / "run", tokenizer_folder, config)
     assert result.validation["loss"] < 1.7  # log 4 = 1.39 is the codes' entropy given the class, log 16 = 2.77 without
     assert result.best["loss"] <= result.validation["loss"]
@@ -223,7 +223,7 @@ def test_a_damaged_shard_is_named(tmp_path, codes, tokenizer_folder):
 def test_without_a_val_split_nothing_is_held_out_and_that_is_said(tmp_path, tiny_tokenizer, tokenizer_folder):
     only = write_codes(tmp_path / "only", tiny_tokenizer, torch.Generator().manual_seed(0), {"train": 20})
     plans = []
-    config = replace(TINY, eval_every=None, keep_best=None)
+    config = replace(TINY, validate_every=None, keep_best=None)
     result = train(only, tmp_path / "run", tokenizer_folder, config, on_plan=plans.append)
     assert result.validation == {}
     assert "no val split" in plans[0].notes[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +37,10 @@ def train(
     steps: Annotated[int | None, Option("--steps", help="Optimizer steps; default: the recipe's epochs.")] = None,
     epochs: Annotated[float | None, Option("--epochs", help="Passes over the images, in place of --steps.")] = None,
     batch_size: Annotated[int | None, Option("--batch-size", help="Images a step; default: the recipe's.")] = None,
+    eval_every: Annotated[
+        int | None,
+        Option("--eval-every", min=0, help="Steps between evaluations of samples, as varcli eval; default: never."),
+    ] = None,
     lr: Annotated[float | None, Option("--lr", help="Peak learning rate; default: the recipe's.")] = None,
     seed: Annotated[int | None, Option("--seed", min=0, help="Seed of everything random; default: 0.")] = None,
     config: ConfigFileOption = None,
@@ -77,6 +82,7 @@ def train(
         "steps": steps,
         "epochs": epochs,
         "batch_size": batch_size,
+        "eval_every": eval_every,
         "learning_rate": lr,
         "seed": seed,
         "precision": precision,
@@ -95,6 +101,7 @@ def train(
         on_step=console.progress("training"),
         on_plan=lambda plan: console.note(describe_plan(plan, folder)),
         on_samples=draw_grid,
+        on_evaluate=_evaluate,
     )
     value = {
         "folder": str(result.folder),
@@ -130,6 +137,12 @@ def describe_plan(plan: TrainPlan, folder: Path) -> str:
         f"{console.format_seconds(plan.seconds)} for {left:,} steps",
     ]
     return "\n".join([*lines, *(f"note      {note}" for note in plan.notes)])
+
+
+def _evaluate(request: SampleRequest, count: int) -> Mapping[str, float]:
+    from varcli.report.online import evaluate_request
+
+    return evaluate_request(request, count)
 
 
 def _format_bytes(count: int) -> str:

@@ -142,7 +142,7 @@ class _Demo:
         settings = self._training_config()
         words = ["train", self.codes, "--out", self.trained, "--depth", settings.depth, "--steps", settings.steps]
         words += ["--batch-size", settings.batch_size, "--seed", settings.seed]
-        words += ["--set", f"width={settings.width}", "--set", f"eval_every={settings.eval_every}"]
+        words += ["--set", f"width={settings.width}", "--set", f"validate_every={settings.validate_every}"]
         with self._stage("train a small transformer from nothing", *words) as on_step:
             return train_transformer(self.codes, self.trained, settings, device=self.config.device, on_step=on_step)
 
@@ -196,7 +196,12 @@ class _Demo:
     def _training_config(self) -> TrainConfig:
         """Settings for the time there is: those of the run to go on with, else by timing a few steps."""
         config = TrainConfig(
-            depth=4, width=128, batch_size=_BATCH_SIZE, steps=self.config.steps, eval_every=100, seed=self.config.seed
+            depth=4,
+            width=128,
+            batch_size=_BATCH_SIZE,
+            steps=self.config.steps,
+            validate_every=100,
+            seed=self.config.seed,
         )
         stored = self.trained / CONFIG_NAME
         if config.steps is None and stored.is_file():

@@ -40,6 +40,7 @@ from varcli.training.signals import StopRequest
 from varcli.training.state import Parts, undisturbed
 
 SAMPLES_NAME = "samples"
+_LOOKS = ("validate", "sample", "eval")  # what may be due after a step beside log and checkpoint
 _HEARTBEAT = 0.5  # seconds between reports that only move the bar
 
 
@@ -76,6 +77,10 @@ class Trainer:
         """Draw a picture of where things stand after `step` steps; None if there is nothing to draw with."""
         return None
 
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        """Measure samples drawn after `step` steps, as `varcli eval` does; nothing if there is nothing to draw with."""
+        return {}
+
     def describe_batch(self, step: int) -> dict[str, Any]:
         """Say which samples step `step` took, as JSON: logged if the step was no number."""
         return {}
@@ -87,8 +92,9 @@ class LoopConfig:
 
     steps: int  # of the whole run
     log_every: int = 50  # steps between log lines, each of which waits for the device
-    eval_every: int = 0  # steps between validations; one more comes at the end
+    validate_every: int = 0  # steps between validations; one more comes at the end
     sample_every: int = 0  # steps between pictures; one more comes at the end
+    eval_every: int = 0  # steps between evaluations of samples; one more comes at the end
     save_every: int = 1000  # steps between checkpoints; one more comes at the end
     save_minutes: float = 10.0  # minutes between checkpoints, if that is sooner
     keep_checkpoints: int = 2  # newest ones that stay
@@ -96,16 +102,17 @@ class LoopConfig:
     tensorboard: bool = True  # write TensorBoard's files if it is installed
 
     FREE: ClassVar[frozenset[str]] = frozenset(
-        {"steps", "log_every", "eval_every", "sample_every", "save_every", "save_minutes", "keep_checkpoints"}
-        | {"keep_best", "tensorboard"}
+        {"steps", "log_every", "validate_every", "sample_every", "eval_every", "save_every"}
+        | {"save_minutes", "keep_checkpoints", "keep_best", "tensorboard"}
     )
     """Settings that a resumed run may change."""
 
     def __post_init__(self) -> None:
         if min(self.steps, self.log_every, self.keep_checkpoints) < 1:
             raise ConfigError("steps, log_every and keep_checkpoints must be at least 1")
-        if min(self.eval_every, self.sample_every, self.save_every, self.save_minutes) < 0:
-            raise ConfigError("eval_every, sample_every, save_every and save_minutes must be 0 or more")
+        for name in ("validate_every", "sample_every", "eval_every", "save_every", "save_minutes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be 0 or more, but is {getattr(self, name)}")
 
 
 @dataclass
@@ -191,20 +198,21 @@ class _Loop:
             is_last = done == config.steps
             due = {
                 "log": _due(done, config.log_every),
-                "eval": _due(done, config.eval_every) or (is_last and config.eval_every > 0),
+                "validate": _due(done, config.validate_every) or (is_last and config.validate_every > 0),
                 "sample": _due(done, config.sample_every) or (is_last and config.sample_every > 0),
+                "eval": _due(done, config.eval_every) or (is_last and config.eval_every > 0),
                 "save": _due(done, config.save_every) or is_last or self._is_save_time(),
             }
             if any(due.values()) or stop.name:
                 self._read()
             if stop.name:
-                self._save(pending=[name for name in ("eval", "sample") if due[name]])
+                self._save(pending=[name for name in _LOOKS if due[name]])
                 raise InterruptedRun(
                     f"stopped by {stop.name} after step {done:,} of {config.steps:,}; the state is saved in "
                     f"`{self.run_folder.path}`",
                     "run the same command again to go on",
                 )
-            self._look([name for name in ("eval", "sample") if due[name]])
+            self._look([name for name in _LOOKS if due[name]])
             if due["save"]:
                 self._save()
             if any(due.values()):
@@ -237,11 +245,13 @@ class _Loop:
         self.window_start = time.monotonic()
 
     def _look(self, names: list[str]) -> None:
-        """Validate and draw, if they are among `names`."""
-        if "eval" in names:
+        """Validate, draw and evaluate, if they are among `names`."""
+        if "validate" in names:
             self._validate()
         if "sample" in names:
             self._draw()
+        if "eval" in names:
+            self._evaluate()
 
     def _validate(self) -> None:
         with undisturbed(self.trainer.parts.device):
@@ -272,6 +282,19 @@ class _Loop:
         folder = prepare_folder(self.run_folder.path / SAMPLES_NAME)
         save_png(folder / f"{checkpoint_name(self.result.step)}.png", image)
         self.log.write_image(self.result.step, image)
+
+    def _evaluate(self) -> None:
+        done = self.result.step
+        try:
+            with undisturbed(self.trainer.parts.device):
+                values = dict(self.trainer.evaluate(done))
+        except VarcliError as error:  # numbers for the eye are not worth a run
+            self._report(f"no evaluation after step {done:,}: {error}")
+            return
+        if values:
+            self.log.write("evaluation", done, values)
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            self._report(f"evaluation after step {done:,}: {shown}")
 
     def _save(self, pending: Sequence[str] = ()) -> None:
         """Write a checkpoint; `pending` is what is due at this step and left to whoever goes on from it."""

@@ -66,9 +66,11 @@ class TrainConfig:
     compile: bool | None = None  # torch.compile; None is on CUDA when the run is long enough to gain
     cuda_graphs: bool = False  # replay each step's kernels in one launch: faster for small models, takes more memory
     log_every: int | None = None  # steps between log lines
-    eval_every: int | None = None  # steps between validations; 0 is never
-    eval_images: int | None = 10_000  # validation images looked at each time; None is all
+    validate_every: int | None = None  # steps between validations; 0 is never
+    validation_images: int | None = 10_000  # validation images looked at each time; None is all
     sample_every: int | None = None  # steps between sample grids; 0 is never
+    eval_every: int = 0  # steps between evaluations of samples, as `varcli eval` measures them; 0 is never
+    eval_samples: int = 500  # images drawn for each of them
     save_every: int | None = None  # steps between checkpoints
     save_minutes: float = 10.0  # minutes between checkpoints, if that is sooner
     keep_checkpoints: int = 2  # newest ones that stay
@@ -83,7 +85,8 @@ class TrainConfig:
             "save_every",
             "width",
             "num_heads",
-            "eval_images",
+            "validation_images",
+            "eval_samples",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -133,7 +136,7 @@ class TrainConfig:
         return LoopConfig(**{name: getattr(self, name) for name in names})
 
 
-FREE = LoopConfig.FREE | {"epochs", "micro_batch_size", "compile", "cuda_graphs", "eval_images"}
+FREE = LoopConfig.FREE | {"epochs", "micro_batch_size", "compile", "cuda_graphs", "validation_images", "eval_samples"}
 """Settings that a resumed run may change: they decide when and how, not what."""
 
 
@@ -173,7 +176,7 @@ def resolve(
         "shared_adaln": recipe.shared_adaln,
         "keep_best": has_validation and num_images < _FEW_IMAGES,
         "log_every": 50 if device_type == "cuda" else 10,
-        "eval_every": max(50, steps // 20) if has_validation else 0,
+        "validate_every": max(50, steps // 20) if has_validation else 0,
         "sample_every": max(100, steps // 10),
         "save_every": 1000,
     }

@@ -213,8 +213,8 @@ def train_tokenizer(
         loop = LoopConfig(
             steps=config.steps,
             log_every=config.log_every,
-            eval_every=config.eval_every if len(held_out) else 0,
-            sample_every=config.eval_every,
+            validate_every=config.validate_every if len(held_out) else 0,
+            sample_every=config.validate_every,
             save_every=config.save_every,
         )
         result = run_training(trainer, run, loop, on_step, {"images": len(pixels), "classes": list(tree.classes)})

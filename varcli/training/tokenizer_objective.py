@@ -44,7 +44,7 @@ class TokenizerTrainConfig:
     compile: bool | None = None  # torch.compile; None decides by device
     seed: int = 0  # of weights, order, augmentation and restarts
     log_every: int = 50  # steps between log lines
-    eval_every: int = 1000  # steps between validations and pictures; 0 turns them off
+    validate_every: int = 1000  # steps between validations and pictures; 0 turns them off
     save_every: int = 1000  # steps between checkpoints
 
     def __post_init__(self) -> None:

@@ -41,16 +41,20 @@ class SampleRequest:
     transformer: Transformer
     tokenizer: VQVAE
     classes: tuple[str, ...]  # names by index
+    source: str | None = None  # the images the codes were made of, as the cache names them
 
 
 OnSamples = Callable[[SampleRequest], Image.Image | None]
+OnEvaluate = Callable[[SampleRequest, int], Mapping[str, float]]
+"""Called with the number of images to draw; returns metrics by name."""
 
 
 class TransformerTrainer(Trainer):
     """Next-scale prediction with teacher forcing.
 
     config: resolved. source, validation: what to learn from and to measure on; None holds nothing out. classes: names
-    by index. on_samples: draws pictures. on_step: told if torch.compile has to be left out.
+    by index. on_samples: draws pictures. on_evaluate: measures samples, of images that
+    learned from `images`. on_step: told if torch.compile has to be left out.
     """
 
     published = KIND
@@ -65,10 +69,13 @@ class TransformerTrainer(Trainer):
         classes: tuple[str, ...],
         device: torch.device,
         on_samples: OnSamples | None = None,
+        on_evaluate: OnEvaluate | None = None,
+        images: str | None = None,
         on_step: OnStep = ignore,
     ) -> None:
         self.config, self.tokenizer, self.source, self.validation = config, tokenizer, source, validation
         self.classes, self.device, self.on_samples, self.on_step = classes, device, on_samples, on_step
+        self.on_evaluate, self.images = on_evaluate, images
         self.batch_size = config.batch_size
         self.order = ScaleOrder(tokenizer.quantizer)
         self.model_config = config.transformer(
@@ -136,7 +143,7 @@ class TransformerTrainer(Trainer):
         count = 0
         sums = torch.zeros(2, len(self.order.step_lengths), dtype=torch.float64)
         with self._sampling_weights():
-            for codes, labels in self.validation.all_rows(self.micro_batch_size, self.config.eval_images):
+            for codes, labels in self.validation.all_rows(self.micro_batch_size, self.config.validation_images):
                 sums += torch.stack(self.objective.sums_by_step(codes, labels)).cpu()
                 count += len(codes)
         lengths = torch.tensor(self.order.step_lengths, dtype=torch.float64)
@@ -171,8 +178,24 @@ class TransformerTrainer(Trainer):
         if self.on_samples is None:
             return None
         with self._sampling_weights():
-            request = SampleRequest(step=step, transformer=self.model, tokenizer=self.tokenizer, classes=self.classes)
-            return self.on_samples(request)
+            return self.on_samples(self._request(step))
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        """Let the caller's hook measure samples of the weights to sample from."""
+        if self.on_evaluate is None:
+            return {}
+        with self._sampling_weights():
+            return self.on_evaluate(self._request(step), self.config.eval_samples)
+
+    def _request(self, step: int) -> SampleRequest:
+        return SampleRequest(
+            step=step,
+            transformer=self.model,
+            tokenizer=self.tokenizer,
+            classes=self.classes,
+            source=self.images,
+        )
 
     def describe_batch(self, step: int) -> dict[str, Any]:
         """Rows of the codes cache's training split that step `step` took."""

@@ -25,7 +25,7 @@ from varcli.training.plan import TrainPlan
 from varcli.training.run import copy_artifact, open_run
 from varcli.training.settings import FREE, TrainConfig, resolve
 from varcli.training.source import CodesSource
-from varcli.training.trainer import OnSamples, SampleRequest, TransformerTrainer
+from varcli.training.trainer import OnEvaluate, OnSamples, SampleRequest, TransformerTrainer
 from varcli.transformer.store import KIND
 
 __all__ = ["OnPlan", "OnSamples", "SampleRequest", "TrainConfig", "TrainPlan", "TrainResult", "train_transformer"]
@@ -58,13 +58,15 @@ def train_transformer(
     on_step: OnStep = ignore,
     on_plan: OnPlan | None = None,
     on_samples: OnSamples | None = None,
+    on_evaluate: OnEvaluate | None = None,
 ) -> TrainResult:
     """Train a transformer on a codes cache, into a run folder that can be sampled from; go on with a run begun there.
 
     codes: written by `varcli tokenize`. tokenizer: the one that wrote them, None looks for it by its fingerprint.
     resume: "auto", "last-good" after damage, or "never". given: names of settings that a resumed run must have been begun
     with, None means those that are not at their defaults; it keeps the others. on_plan: told once, before the first step.
-    on_samples: draws the picture for samples/. Sets torch's random seed.
+    on_samples: draws the picture for samples/. on_evaluate: measures samples every `eval_every` steps. Sets torch's
+    random seed.
     Raises ArtifactError or IntegrityError for codes, tokenizer or checkpoints that are not whole or do not belong
     together, ConfigError for settings that cannot be or differ from the run's, and what `run_training` raises.
     """
@@ -94,6 +96,8 @@ def train_transformer(
             classes=cache.classes,
             device=where,
             on_samples=on_samples,
+            on_evaluate=on_evaluate,
+            images=cache.info.get("source"),
             on_step=on_step,
         )
         if not is_finished:
