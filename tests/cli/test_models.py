@@ -9,7 +9,10 @@ import torch
 from released_names import released_tokenizer_state, released_transformer_state
 from typer.testing import CliRunner
 
+from varcli.artifacts.verify import read_manifest
 from varcli.cli.app import app
+from varcli.tokenizer.store import load_tokenizer, save_tokenizer
+from varcli.transformer.store import save_transformer
 
 runner = CliRunner()
 
@@ -48,6 +51,35 @@ def test_import_info_export_and_import_again(files, tmp_path):
     infos = [json.loads(runner.invoke(app, ["info", str(path), "--json"]).stdout) for path in (model, again)]
     fingerprints = [info["parts"]["tokenizer"]["fingerprint"] for info in infos]
     assert fingerprints[0] == fingerprints[1] == value["tokenizer"]
+
+
+def test_an_export_leaves_other_peoples_folders_alone(files, tmp_path):
+    model, photos = tmp_path / "models" / "tiny", tmp_path / "photos"
+    assert runner.invoke(app, ["import", *files, "--out", str(model)]).exit_code == 0
+    photos.mkdir()
+    (photos / "config.json").write_text("mine")
+    for command in (["export", str(model), "--out", str(photos)], ["import", *files, "--out", str(photos)]):
+        result = runner.invoke(app, command)
+        assert result.exit_code == 1 and "is not empty" in result.stderr
+    result = runner.invoke(app, ["export", str(model), "--out", str(model)])
+    assert result.exit_code == 1 and "is not empty" in result.stderr
+    assert [path.name for path in photos.iterdir()] == ["config.json"]
+    result = runner.invoke(app, ["export", str(tmp_path / "nowhere"), "--out", str(tmp_path / "x")])
+    assert result.exit_code == 1 and "nowhere" in result.stderr
+
+
+def test_an_export_carries_options_and_class_names_back(tiny_tokenizer, tiny_transformer, tmp_path):
+    info = {"tokenizer": tiny_tokenizer.fingerprint(), "patch_nums": [1, 2, 4], "order": "scale"}
+    info["classes"] = ["apple", "boat", "cat"]
+    save_tokenizer(tmp_path / "model" / "tokenizer", tiny_tokenizer)
+    save_transformer(tmp_path / "model" / "transformer", tiny_transformer, info)
+    out = tmp_path / "released"
+    assert runner.invoke(app, ["export", str(tmp_path / "model"), "--out", str(out)]).exit_code == 0
+    weights = [str(path) for path in sorted(out.glob("*.safetensors"))]
+    assert runner.invoke(app, ["import", *weights, "--out", str(tmp_path / "again")]).exit_code == 0
+    again = load_tokenizer(tmp_path / "again" / "tokenizer")
+    assert again.config == tiny_tokenizer.config
+    assert read_manifest(tmp_path / "again" / "transformer").info["classes"] == info["classes"]
 
 
 def test_options_are_given_with_set(files, tmp_path):

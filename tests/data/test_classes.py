@@ -54,3 +54,10 @@ def test_a_thousand_wordnet_ids_answer_to_imagenet_names():
     assert names.resolve("golden retriever") == 207
     assert names.resolve("n00000207") == 207
     assert names.label(207) == "golden retriever"
+
+
+def test_where_numbers_are_names_another_number_is_no_class():
+    classes = ClassNames(("0", "1", "10", "2"))
+    assert classes.resolve("2") == 3 and classes.resolve(3) == 3
+    with pytest.raises(DataError, match="unknown class"):
+        classes.resolve("3")

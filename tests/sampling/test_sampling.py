@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,3 +110,11 @@ def test_unknown_classes_and_foreign_tokenizers_are_refused(generator, tiny_tran
     other = TokenizerConfig(patch_nums=(1, 4), vocab_size=16, code_channels=8, width=32, channel_multipliers=(1,))
     with pytest.raises(ArtifactError, match="predicts steps"):
         Generator(VQVAE(other), tiny_transformer)
+
+
+def test_classes_may_be_whole_numbers_of_any_kind_and_nothing_else(generator):
+    images = [generator.sample([number], cfg=1.0) for number in (1, np.int64(1), torch.tensor(1))]
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+    for wrong in ("apple", [1.5], [True], [None]):
+        with pytest.raises(ConfigError, match="class"):
+            generator.sample(wrong)

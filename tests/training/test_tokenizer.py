@@ -78,6 +78,15 @@ def test_a_bare_rerun_goes_on_with_the_settings_the_run_was_begun_with(tiny_imag
         train_tokenizer(tiny_images, tmp_path / "run", TokenizerTrainConfig(learning_rate=1e-3), device="cpu")
 
 
+def test_the_architecture_follows_from_the_images_size(tiny_images, tmp_path):
+    told = []
+    small = config(tokenizer=None, steps=1, validate_every=0)
+    train_tokenizer(tiny_images, tmp_path / "run", small, device="cpu", on_step=told.append)
+    assert load_tokenizer(tmp_path / "run" / "tokenizer").config == TokenizerConfig.for_side(32)
+    assert TokenizerConfig.for_side(256) == TokenizerConfig()
+    assert any("a tokenizer for 64 px" in (step.message or "") for step in told)
+
+
 def test_the_loss_falls_and_the_result_says_how_good_it_is(tiny_images, tmp_path):
     result = train_tokenizer(
         tiny_images, tmp_path / "run", config(steps=60, validate_every=60, save_every=0), device="cpu"

@@ -12,7 +12,7 @@ from varcli.cli.options import JsonOption
 
 
 def export(
-    model: Annotated[Path, Argument(help="Model or run folder, with tokenizer/ or transformer/ in it.")],
+    model: Annotated[Path, Argument(help="Model or run, by path or name.")],
     out: Annotated[Path, Option("--out", "-o", help="Folder to write.")],
     json: JsonOption = False,
 ) -> None:
@@ -22,8 +22,9 @@ def export(
     safetensors.torch.load_file and load_state_dict; config.json holds the options of its constructors.
     """
     from varcli.interop.official import export_official
+    from varcli.sampling.models import find_model
 
-    done = export_official(model, out)
+    done = export_official(model if model.exists() else find_model(str(model)).folder, out)
     value = {"folder": str(done.folder), "files": list(done.files), "notes": list(done.notes)}
     console.report(value, json, "\n".join(str(done.folder / name) for name in done.files))
     for note in done.notes:

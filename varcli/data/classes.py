@@ -66,6 +66,8 @@ class ClassNames(Sequence[str]):
                 numbers = ", ".join(str(index) for index in matches)
                 raise DataError(f"class name `{text}` fits several classes: {numbers}", "pass the number")
         if re.fullmatch(r"[+-]?\d+", text):
+            if any(known.isdecimal() for known in self.names):
+                raise unknown_name("class", text, self.names, DataError)  # here numbers are names: 3 may not mean "2"
             return self._check(int(text))
         raise unknown_name("class", text, set(self._labels), DataError)
 

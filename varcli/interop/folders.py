@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from varcli.artifacts.lock import lock_folder
-from varcli.artifacts.manifest import hash_file, write_manifest
+from varcli.artifacts.lock import hold_folder
+from varcli.artifacts.manifest import MANIFEST_NAME, hash_file, write_manifest
 from varcli.artifacts.verify import is_artifact, read_manifest
-from varcli.artifacts.write import prepare_folder, write_json, write_tensors
+from varcli.artifacts.write import write_json, write_tensors
 from varcli.errors import ArtifactError, unknown_name
 from varcli.interop.checkpoint import Checkpoint, read_checkpoint
 from varcli.interop.loading import load_tokenizer, load_transformer
@@ -59,6 +59,7 @@ def import_official(
     another model; ConfigError for an unknown option.
     """
     options = dict(options or {})
+    exported = _exported(paths)
     for name in options:
         if name not in (*TOKENIZER_OPTIONS, *TRANSFORMER_OPTIONS):
             raise unknown_name("option", name, {*TOKENIZER_OPTIONS, *TRANSFORMER_OPTIONS})
@@ -76,14 +77,13 @@ def import_official(
     shared = {name: value for name, value in options.items() if name in TOKENIZER_OPTIONS}
     if transformer_from is not None:
         own = {name: value for name, value in options.items() if name in TRANSFORMER_OPTIONS}
-        transformer = load_transformer(transformer_from, **own)
+        transformer = load_transformer(transformer_from, **{**exported.get("transformer", {}), **own})
         shared["patch_nums"] = sides_of(transformer.config.step_lengths)
-    tokenizer = load_tokenizer(tokenizer_from, **shared)
+    tokenizer = load_tokenizer(tokenizer_from, **{**exported.get("tokenizer", {}), **shared})
     if transformer is not None:
         require_pair(tokenizer.config, transformer.config, tokenizer_from.where, transformer_from.where)
-    out = prepare_folder(out, sweep=False)  # what lies there may be another's, who has the lock
-    with lock_folder(out):
-        prepare_folder(out)
+    out = Path(out)
+    with hold_folder(out, {tokenizers.KIND, transformers.KIND}, "model"):
         source = _source(paths, tokenizer_from)
         _refuse_other(out / tokenizers.KIND, source)
         on_step(Step(len(paths), len(paths) + 2, "parts", message=f"writing {out / tokenizers.KIND}"))
@@ -98,6 +98,7 @@ def import_official(
                 "patch_nums": list(tokenizer.config.patch_nums),
                 "order": "scale",
                 "source": source,
+                **({"classes": exported["classes"]} if exported.get("classes") else {}),
             }
             transformers.save_transformer(out / transformers.KIND, transformer, info)
     on_step(Step(len(paths) + 2, len(paths) + 2, "parts"))
@@ -125,11 +126,15 @@ def export_official(model_folder: Path, out: Path) -> ExportResult:
     model_folder = Path(model_folder)
     parts = [name for name in (tokenizers.KIND, transformers.KIND) if is_artifact(model_folder / name)]
     if not parts:
+        if not model_folder.exists():
+            raise ArtifactError(
+                f"there is no model `{model_folder}`", "pass a folder that `varcli train` or `varcli import` wrote"
+            )
         raise ArtifactError(
             f"`{model_folder}` is not a model folder: it holds neither tokenizer/ nor transformer/",
             "pass a folder that `varcli train` or `varcli import` wrote",
         )
-    out = prepare_folder(out)
+    out, classes = Path(out), None
     files: dict[str, dict[str, Tensor]] = {}
     options: dict[str, Any] = {}
     notes = []
@@ -151,6 +156,7 @@ def export_official(model_folder: Path, out: Path) -> ExportResult:
             raise ArtifactError(
                 f"`{model_folder}` predicts in the order `{manifest.info['order']}`, which the released code lacks"
             )
+        classes = manifest.info.get("classes")
         files[f"var_d{transformer.config.depth}.safetensors"] = _renamed(
             transformer, transformer_names(transformer.state_dict())
         ) | transformer_buffers(transformer.config)
@@ -160,11 +166,15 @@ def export_official(model_folder: Path, out: Path) -> ExportResult:
                 f"attention heads are {transformer.config.head_width} wide, and the released builder's always 64: "
                 "its VAR class takes num_heads"
             )
-    with lock_folder(out):
+    with hold_folder(out, {MANIFEST_NAME}, "exported weights"):
+        if is_artifact(out):
+            read_manifest(out, KIND)  # not another kind of folder
         for name, tensors in files.items():
             write_tensors(out / name, tensors, {"format": "pt"})
         write_json(out / "config.json", options)
-        write_manifest(out, KIND, {"options": options, "notes": notes}, files=[*files, "config.json"])
+        write_manifest(
+            out, KIND, {"options": options, "notes": notes, "classes": classes}, files=[*files, "config.json"]
+        )
     return ExportResult(folder=out, files=(*files, "config.json"), notes=tuple(notes))
 
 
@@ -235,6 +245,14 @@ def _one(found: Sequence[Checkpoint], kind: str) -> Checkpoint | None:
             f"`{holders[0].where}` and `{holders[1].where}` both hold a {kind}", "a model folder holds one of each"
         )
     return holders[0] if holders else None
+
+
+def _exported(paths: Sequence[Path]) -> dict[str, Any]:
+    """Return the options and classes that `export_official` left beside the files, empty for files from elsewhere."""
+    for folder in {Path(path).parent for path in paths}:
+        if is_artifact(folder) and (manifest := read_manifest(folder)).kind == KIND:
+            return {**manifest.info["options"], "classes": manifest.info.get("classes")}
+    return {}
 
 
 def _source(paths: Sequence[Path], found: Checkpoint) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def from_tree(
     chosen = tree.splits[split]
     shown = f"{shown or escape_path(str(tree.root))}, {split} images"
     side = typical_side(tree.root, chosen)
-    if side < size:
+    if side < size and chosen.pixels is None:
         raise DataError(
             f"{shown}: these real images are mostly smaller ({side} px) than the samples ({size} px)",
             "enlarged images are blurred, and no measure: pass larger ones, or sample at their size",
@@ -137,7 +137,9 @@ def from_tree(
         return digest_json({"content": content, "decode": configs.to_dict(config)})
 
     whole = (
-        "as they are"
+        f"enlarged from {side} px"
+        if side < size
+        else "as they are"
         if config.crop == "none"
         else f"centre crops of {size} px, shorter edge at {round(size * config.resize_ratio)}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -124,6 +125,10 @@ class Generator:
         Raises DataError for an unknown class, ConfigError for an empty list.
         """
         config = configs.replace(config or SampleConfig(), settings)
+        if isinstance(classes, str):
+            raise ConfigError(
+                f"classes must be a list of names or numbers, but is `{classes}`", f"e.g. ['{classes}'] * 4"
+            )
         numbers = [self._resolve(entry) for entry in classes]
         if not numbers:
             raise ConfigError("there is nothing to sample", "ask for at least one image")
@@ -221,5 +226,9 @@ class Generator:
             return smooth_vectors(logits_BlV, gumbel, self.tokenizer.quantizer.codebook.weight.float(), progress)
 
     def _resolve(self, entry: int | str) -> int:
+        if not isinstance(entry, str):
+            if isinstance(entry, bool) or not hasattr(entry, "__index__"):
+                raise ConfigError(f"a class is a name or a whole number, but got {entry!r}")
+            entry = operator.index(entry)  # numpy's and torch's whole numbers, too
         no_class = self.transformer.config.num_classes
         return no_class if entry == no_class else self.classes.resolve(entry)

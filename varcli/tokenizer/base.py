@@ -10,6 +10,8 @@ from torch import Tensor
 from varcli.errors import ConfigError
 from varcli.scales import NAMED_SCHEDULES, PatchNums
 
+_SMALL_BELOW = 128  # pixels
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
@@ -39,6 +41,21 @@ class TokenizerConfig:
     num_phis: int = 4  # phi convolutions shared by neighbouring scales; 1 shares one, 0 gives each scale its own
     cosine_codes: bool = False  # choose codes by angle instead of distance
     commitment_weight: float = 0.25  # beta, weight of the loss that pulls features to their codes
+
+    @classmethod
+    def for_side(cls, side: int) -> TokenizerConfig:
+        """Return an architecture for images of `side` pixels: a small one for 64 px below 128, else the released one."""
+        if side >= _SMALL_BELOW:
+            return cls()
+        return cls(
+            patch_nums=(1, 2, 3, 4, 5, 6, 8),
+            vocab_size=1024,
+            code_channels=16,
+            width=40,
+            channel_multipliers=(1, 1, 2, 3),
+            num_res_blocks=1,
+            norm_groups=8,
+        )
 
     def __post_init__(self) -> None:
         PatchNums(self.patch_nums)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from varcli.artifacts.verify import read_manifest
 from varcli.data.codes_writer import CodesPlan, CodesWriter, begun_with
 from varcli.data.defaults import default_decode
 from varcli.data.images import ImageTree, decode_images, open_images, typical_side
@@ -112,4 +113,7 @@ def _choose_tokenizer(given: Path | str | None, out: Path, tree: ImageTree) -> t
     if begun is not None:
         return find_tokenizer(begun), f", with which `{out}` was begun"
     side = typical_side(tree.root, next(iter(tree.splits.values())))
-    return default_tokenizer(side), f", chosen for images of about {side} px"
+    folder = default_tokenizer(side)
+    size = int(read_manifest(folder).info["image_size"])
+    enlarged = f", which are enlarged to {size}" if side < size else ""
+    return folder, f", chosen for images of about {side} px{enlarged}"

@@ -16,11 +16,12 @@ from varcli import config as configs
 from varcli.artifacts.write import atomic_folder
 from varcli.data.batches import ShuffledOrder
 from varcli.data.defaults import default_decode
-from varcli.data.images import ImageTree, decode_images, open_images
+from varcli.data.images import ImageTree, decode_images, open_images, typical_side
 from varcli.data.samples import make_grid
 from varcli.devices import precision_name, resolve_device, resolve_precision
 from varcli.errors import DataError
 from varcli.progress import OnStep, Step, ignore
+from varcli.tokenizer import TokenizerConfig
 from varcli.tokenizer.health import count_codes, restart_dead_codes
 from varcli.tokenizer.judge import evaluate_tokenizer, scale_strip
 from varcli.tokenizer.store import KIND, save_tokenizer
@@ -195,7 +196,9 @@ def train_tokenizer(
     train = "train" if "train" in names else names[0]
     with open_run(out, resume) as run:
         config = keep_stored(config, run.config, fixed)
-        config = replace(config, precision=precision_name(resolve_precision(config.precision, where)))
+        architecture = config.tokenizer or TokenizerConfig.for_side(typical_side(tree.root, tree.splits[train]))
+        precision = precision_name(resolve_precision(config.precision, where))
+        config = replace(config, tokenizer=architecture, precision=precision)
         listing = hashlib.sha256("\n".join(tree.splits[train].paths).encode("utf-8", "surrogateescape")).hexdigest()
         inputs = {"images": listing}
         run.require_inputs(KIND, inputs)
@@ -209,6 +212,7 @@ def train_tokenizer(
         if "val" in names and train != "val":
             held_out = read_pixels(tree, "val", config.tokenizer.image_size, on_step).to(where)
         trainer = TokenizerTrainer(config, pixels, held_out, where)
+        on_step(Step(run.step, config.steps, message=_describe_plan(trainer)))
         run.settle(KIND, configs.to_dict(config), inputs, LoopConfig.FREE - {"steps"})
         loop = LoopConfig(
             steps=config.steps,
@@ -220,6 +224,17 @@ def train_tokenizer(
         result = run_training(trainer, run, loop, on_step, {"images": len(pixels), "classes": list(tree.classes)})
     return TokenizerTrainResult(
         folder=Path(out), step=result.step, seconds=result.seconds, validation=result.validation
+    )
+
+
+def _describe_plan(trainer: TokenizerTrainer) -> str:
+    """Say what is about to be trained on what."""
+    config, tokenizer = trainer.config, trainer.model.config
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    return (
+        f"a tokenizer for {tokenizer.image_size} px: {parameters:,} parameters, {tokenizer.scales.seq_len:,} tokens an image "
+        f"of {tokenizer.vocab_size:,} codes; {config.steps:,} steps of {config.batch_size:,} of "
+        f"{len(trainer.images):,} images, {len(trainer.held_out):,} held out"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from varcli.tokenizer.losses import LeCamPenalty, PerceptualLoss, discriminator_
 class TokenizerTrainConfig:
     """How a tokenizer is trained. The defaults suit some thousand images of 64 px on one GPU."""
 
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    tokenizer: TokenizerConfig | None = None  # architecture; None chooses by the images' size
     steps: int = 10_000  # optimizer steps
     batch_size: int = 128  # images a step
     learning_rate: float = 4e-4  # peak, of the tokenizer
