@@ -128,3 +128,22 @@ def test_an_empty_picture_is_drawn_again(model, tmp_path):
     (out / "0001-00001.png").write_bytes(b"")
     assert json.loads(run(*arguments).stdout)["drawn"] == 1
     assert verify_folder(out, read_manifest(out, "samples")) == []
+
+
+def test_settings_that_the_model_suggests_are_used_and_told_unless_some_are_given(model, tmp_path):
+    from varcli.transformer.store import load_transformer
+
+    transformer, manifest = load_transformer(model / "transformer")
+    info = {name: value for name, value in manifest.info.items() if name != "config"}
+    save_transformer(model / "transformer", transformer, {**info, "sampling": {"cfg": 3.0, "top_k": 4}})
+    arguments = ["sample", "--model", model, "--class", "boat", "--n", 1, "--device", "cpu"]
+    done = run(*arguments, "--out", tmp_path / "a")
+    assert done.exit_code == 0 and "cfg 3.0, top_k 4" in done.stderr
+    settings = read_manifest(tmp_path / "a", "samples").info
+    assert (settings["cfg"], settings["top_k"], settings["top_p"]) == (3.0, 4, 0.96)
+    done = run(*arguments, "--out", tmp_path / "b", "--cfg", 2)
+    settings = read_manifest(tmp_path / "b", "samples").info
+    assert done.exit_code == 0 and (settings["cfg"], settings["top_k"]) == (2.0, 900)
+    save_transformer(model / "transformer", transformer, {**info, "sampling": {"cfg": "high"}})
+    done = run(*arguments, "--out", tmp_path / "c")
+    assert done.exit_code == 1 and "Traceback" not in done.stderr

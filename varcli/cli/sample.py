@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -31,15 +32,21 @@ def sample(
     per_class: Annotated[int | None, Option("--per-class", min=1, help="With --classes all; default: 4.")] = None,
     out: OutOption = Path("samples"),
     model: ModelOption = None,
-    cfg: Annotated[float, Option("--cfg", help="Guidance in VAR's convention: 0 is none.")] = 1.5,
+    cfg: Annotated[float | None, Option("--cfg", help="Guidance in VAR's convention: 0 is none. Default: 1.5.")] = None,
     cfg_schedule: Annotated[
-        str, Option("--cfg-schedule", help="linear, cosine or constant over the scales.")
-    ] = "linear",
-    top_k: Annotated[int | None, Option("--top-k", help="Draw from the k likeliest codes; 0 draws from all.")] = 900,
+        str | None, Option("--cfg-schedule", help="linear, cosine or constant over the scales. Default: linear.")
+    ] = None,
+    top_k: Annotated[
+        int | None, Option("--top-k", help="Draw from the k likeliest codes; 0 draws from all. Default: 900.")
+    ] = None,
     top_p: Annotated[
-        float | None, Option("--top-p", help="Probability that the likeliest codes keep; 1 draws from all.")
-    ] = 0.96,
-    smooth: Annotated[bool, Option("--smooth", help="Blend codes: smoother pictures, not for metrics.")] = False,
+        float | None,
+        Option("--top-p", help="Probability that the likeliest codes keep; 1 draws from all. Default: 0.96."),
+    ] = None,
+    smooth: Annotated[
+        bool | None,
+        Option("--smooth/--no-smooth", help="Blend codes: smoother pictures, not for metrics. Default: no."),
+    ] = None,
     npz: Annotated[bool, Option("--npz", help="Also write samples.npz, as evaluation suites read it.")] = False,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = None,
@@ -47,7 +54,12 @@ def sample(
     precision: PrecisionOption = "auto",
     json: JsonOption = False,
 ) -> None:
-    """Draw images: a folder of PNGs and a grid. Run again, it draws only what is missing."""
+    """Draw images: a folder of PNGs and a grid. Run again, it draws only what is missing.
+
+    A model may suggest settings for pictures to look at, as varcli's own does:
+    they are used, and told, where none is given.
+    """
+    from varcli import config as configs
     from varcli.errors import ConfigError
     from varcli.sampling import Generator, SampleConfig
     from varcli.sampling.models import find_model
@@ -61,18 +73,17 @@ def sample(
         raise ConfigError("`--per-class` goes with `--classes all`", "use --n for the images of each --class")
     if top_k is not None and top_k < 0:
         raise ConfigError(f"`--top-k` must be 0 or more, but is {top_k}")
-    config = SampleConfig(
-        cfg=cfg,
-        cfg_schedule=cfg_schedule,
-        top_k=top_k or None,
-        top_p=top_p,
-        smooth=smooth,
-        seed=seed,
-        precision=precision,
-    )
     found = find_model(model)
     console.note(f"model: {found.description}")
     generator = Generator.load(found.folder, device)
+    given = {"cfg": cfg, "cfg_schedule": cfg_schedule, "top_k": top_k, "top_p": top_p, "smooth": smooth}
+    given = {name: value for name, value in given.items() if value is not None}
+    suggested = {} if given else generator.suggested  # one setting of one's own, and the rest are the usual ones
+    if suggested:
+        values = ", ".join(f"{name} {value}" for name, value in suggested.items())
+        console.note(f"settings that the model suggests for looking at: {values}; any of your own replaces them")
+    chosen = configs.replace(SampleConfig(seed=seed, precision=precision), {**suggested, **given})
+    config = replace(chosen, top_k=chosen.top_k or None)
     if class_:
         numbers = [generator.classes.resolve(name) for name in class_]
         count, columns = n or 16, None

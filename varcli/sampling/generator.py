@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,14 @@ class Generator:
         order: str = "scale",
         weights_sha256: str | None = None,
         source: str | None = None,
+        suggested: Mapping[str, Any] | None = None,
     ) -> None:
         if order not in ORDERS:
             raise unknown_name("order", order, ORDERS, ArtifactError)
         self.tokenizer, self.transformer = tokenizer, transformer
         self.weights_sha256 = weights_sha256  # of the transformer's file, None if it came from none
         self.source = source  # the images it learned from, as its manifest names them
+        self.suggested = dict(suggested or {})  # settings of SampleConfig that its maker found to look best
         self.order = ORDERS[order](tokenizer.quantizer)
         config = transformer.config
         mine = (tuple(config.step_lengths), config.vocab_size, config.code_channels)
@@ -106,7 +108,9 @@ class Generator:
         order = str(manifest.info.get("order", "scale"))
         sha256 = manifest.files["weights.safetensors"].sha256
         source = manifest.info.get("source")
-        return cls(tokenizer, transformer, manifest.info.get("classes"), order, sha256, source)
+        suggested = manifest.info.get("sampling")
+        suggested = suggested if isinstance(suggested, Mapping) else None
+        return cls(tokenizer, transformer, manifest.info.get("classes"), order, sha256, source, suggested)
 
     def sample(
         self,
