@@ -149,7 +149,8 @@ class _Demo:
     def _draw(self, name: str, source: Path | str) -> SampleResult:
         folder, config = self._samples(name), self.config
         words = ("sample", "--model", source, "--classes", "all", "--per-class", config.per_class)
-        words = (*words, "--seed", config.seed, "--out", folder)
+        # a setting given turns off those a model suggests, which are for looking at, not for measuring
+        words = (*words, "--cfg", SampleConfig().cfg, "--seed", config.seed, "--out", folder)
         title = "draw with the model trained just now" if name == "trained" else "draw with the model of varcli"
         with self._stage(title, *words) as on_step:
             generator = Generator.load(source, config.device)
