@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def fetch(
     target: Path,
     *,
     sha256: str | None = None,
+    headers: Mapping[str, str] | None = None,
     attempts: int = 5,
     timeout: float = 30.0,
     pause: float = 1.0,
@@ -47,8 +49,9 @@ def fetch(
 ) -> FileEntry:
     """Fetch `url` to `target` unless it is there, and return its size and hash.
 
-    sha256: what the file must hash to; None takes what was fetched the first time and pins it. attempts: connections in a
-    row that may bring nothing. timeout: seconds without a byte. pause: seconds before the first retry, doubled each time.
+    sha256: what the file must hash to; None takes what was fetched the first time and pins it. headers: sent to `url`
+    and not to where it redirects, so that a token stays with its server. attempts: connections in a row that may bring
+    nothing. timeout: seconds without a byte. pause: seconds before the first retry, doubled each time.
     A dropped connection goes on where it stopped, also in a later call. Raises ArtifactError if the file cannot be had,
     IntegrityError if it is not the one expected; then nothing is left at `target`.
     """
@@ -56,8 +59,8 @@ def fetch(
         raise ArtifactError(f"`{url}` is not an http or https address")
     folder = prepare_folder(target.parent, sweep=False)
     with lock_folder(folder):
-        pinned = _pinned(target)
-        expected = sha256 or (pinned.sha256 if pinned else None)
+        known = pinned(target)
+        expected = sha256 or (known.sha256 if known else None)
         if target.is_file():
             entry = hash_file(target)
             if expected not in (None, entry.sha256):
@@ -65,9 +68,9 @@ def fetch(
                     f"`{target}` has SHA-256 {entry.sha256[:12]}..., but {expected[:12]}... is expected",
                     "delete it to fetch it again",
                 )
-            return entry if pinned == entry else _pin(target, entry, url)
-        part = target.with_name(target.name + ".part")
-        _download(url, part, attempts, timeout, pause, on_step)
+            return entry if known == entry else pin(target, entry, url)
+        part = _part_file(target)
+        _download(url, part, headers or {}, attempts, timeout, pause, on_step)
         entry = hash_file(part)
         if expected not in (None, entry.sha256):
             part.unlink()
@@ -77,16 +80,45 @@ def fetch(
             )
         publish_file(part, target)
         _version_file(part).unlink(missing_ok=True)
-        return _pin(target, entry, url)
+        return pin(target, entry, url)
 
 
-def _download(url: str, part: Path, attempts: int, timeout: float, pause: float, on_step: OnStep) -> None:
+def fetched_bytes(target: Path) -> int:
+    """Return how much of `target` earlier calls of `fetch` brought: all of it, a part, or 0."""
+    return max((path.stat().st_size for path in (target, _part_file(target)) if path.is_file()), default=0)
+
+
+def pinned(target: Path) -> FileEntry | None:
+    """Return size and SHA-256 of what `target` was when it was fetched first, None if it never was."""
+    if not pin_file(target).exists():
+        return None
+    value: Any = read_json(pin_file(target))
+    try:
+        return FileEntry(size=int(value["size"]), sha256=str(value["sha256"]))
+    except (KeyError, TypeError, ValueError):
+        raise ArtifactError(f"`{pin_file(target)}` is damaged", "delete it to trust what is fetched next") from None
+
+
+def pin(target: Path, entry: FileEntry, url: str) -> FileEntry:
+    """Note that `target`, from `url`, is `entry` from now on; return it. `target` itself need not be there."""
+    write_json(pin_file(target), {"url": url, "size": entry.size, "sha256": entry.sha256})
+    return entry
+
+
+def pin_file(target: Path) -> Path:
+    """Return the file that holds the pin of `target`."""
+    return target.with_name(target.name + ".pin.json")
+
+
+def _download(
+    url: str, part: Path, headers: Mapping[str, str], attempts: int, timeout: float, pause: float, on_step: OnStep
+) -> None:
     """Bring `part` to its full length, however often the connection drops."""
     failures = 0
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
-            if _receive(url, part, timeout, on_step):
+            if _receive(url, part, headers, timeout, on_step):
                 return
             reason: Exception | str = "the connection was closed early"
         except urllib.error.HTTPError as error:
@@ -110,14 +142,17 @@ def _download(url: str, part: Path, attempts: int, timeout: float, pause: float,
         time.sleep(pause * 2**failures)
 
 
-def _receive(url: str, part: Path, timeout: float, on_step: OnStep) -> bool:
+def _receive(url: str, part: Path, own_headers: Mapping[str, str], timeout: float, on_step: OnStep) -> bool:
     """Append what the server sends; say whether the file is whole."""
     done = part.stat().st_size if part.exists() else 0
     version = _read_version(part) if done else None
     headers = {"User-Agent": f"varcli/{__version__}", "Accept-Encoding": "identity"}
     if done and version:
         headers |= {"Range": f"bytes={done}-", "If-Range": version}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as response:
+    request = urllib.request.Request(url, headers=headers)
+    for name, value in own_headers.items():
+        request.add_unredirected_header(name, value)
+    with urllib.request.urlopen(request, timeout=timeout) as response:
         if response.status != 206:
             done = 0  # the server sends all of it, or another version: begin anew
         length = response.headers.get("Content-Length")
@@ -148,20 +183,5 @@ def _read_version(part: Path) -> str | None:
     return version if isinstance(version, str) else None
 
 
-def _pin_file(target: Path) -> Path:
-    return target.with_name(target.name + ".pin.json")
-
-
-def _pinned(target: Path) -> FileEntry | None:
-    if not _pin_file(target).exists():
-        return None
-    value: Any = read_json(_pin_file(target))
-    try:
-        return FileEntry(size=int(value["size"]), sha256=str(value["sha256"]))
-    except (KeyError, TypeError, ValueError):
-        raise ArtifactError(f"`{_pin_file(target)}` is damaged", "delete it to trust what is fetched next") from None
-
-
-def _pin(target: Path, entry: FileEntry, url: str) -> FileEntry:
-    write_json(_pin_file(target), {"url": url, "size": entry.size, "sha256": entry.sha256})
-    return entry
+def _part_file(target: Path) -> Path:
+    return target.with_name(target.name + ".part")

@@ -59,6 +59,7 @@ COMMANDS = {
     "sample": Command("sample:sample", "The pipeline"),
     "eval": Command("eval:evaluate", "The pipeline"),
     "train-tokenizer": Command("train_tokenizer:train_tokenizer", "Models"),
+    "pull": Command("pull:pull", "Models"),
     "import": Command("import_:import_", "Models"),
     "export": Command("export:export", "Models"),
     "info": Command("info:info", "Models"),
