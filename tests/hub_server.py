@@ -23,6 +23,7 @@ class Hub(ThreadingHTTPServer):
         self.busy = 0
         self.large = True  # files lie on another host and their SHA-256 is told, as the Hub does with large ones
         self.asked: list[tuple[str, str]] = []  # method and path
+        self.tokens: list[str | None] = []  # Authorization of what was asked about the repository
         self.downloads: list[tuple[str, str | None, str | None]] = []  # path, Range, Authorization
 
     @property
@@ -49,6 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/store/"):
             self._send_content({_sha256(data): data for data in hub.files.values()}[self.path.removeprefix("/store/")])
             return
+        hub.tokens.append(self.headers.get("Authorization"))
         prefix = f"/{hub.repo}/resolve/"
         revision, _, name = self.path.removeprefix(prefix).partition("/")
         if not self.path.startswith(prefix):

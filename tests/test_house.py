@@ -213,4 +213,5 @@ def test_help_imports_no_heavy_library(arguments: list[str]):
     )
     imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert "typer" in imported
-    assert not imported & {"torch", "torchvision", "numpy", "scipy", "PIL", "safetensors", "matplotlib"}
+    heavy = {"torch", "torchvision", "numpy", "scipy", "PIL", "safetensors", "matplotlib", "huggingface_hub"}
+    assert not imported & heavy
