@@ -85,7 +85,7 @@ def _library() -> Any:
         import huggingface_hub.errors
         import huggingface_hub.utils
     except ImportError:
-        raise ArtifactError("huggingface_hub is not installed") from None
+        raise ArtifactError("huggingface_hub is not installed: `pip install huggingface_hub`") from None
     return huggingface_hub
 
 
