@@ -151,6 +151,19 @@ def test_a_model_of_other_files_is_not_overwritten(hub):
     assert raised.value.hint == "choose another --out"
 
 
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_place_that_is_no_model_folder_is_refused_before_anything_is_asked(hub, kind):
+    place = Path("photos")
+    if kind == "folder":
+        place.mkdir()
+    note = place / "note.txt" if kind == "folder" else place
+    note.write_text("mine")
+    with pytest.raises(ArtifactError, match="photos") as raised:
+        pull_model("var-d2", place)
+    assert "choose another --out" in raised.value.hint
+    assert note.read_text() == "mine" and not hub.asked
+
+
 def test_an_import_that_was_stopped_goes_on_without_the_network(hub):
     folder = pull_model("var-d2").folder
     (folder / "transformer" / "manifest.json").unlink()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from varcli.artifacts.fetch import CACHE_VARIABLE, cache_folder, fetch, fetched_bytes, pin, pin_file, pinned
+from varcli.artifacts.lock import hold_folder
 from varcli.artifacts.manifest import FileEntry
 from varcli.artifacts.verify import is_artifact, read_manifest, verify_folder
 from varcli.artifacts.write import prepare_folder
@@ -73,6 +74,9 @@ def pull_model(name: str, out: Path | None = None, *, on_step: OnStep = ignore) 
     if there.keys() == release.files.keys():
         sha256 = {release.files[part]: there[part] for part in there}
         return PullResult(name=name, folder=out, is_new=False, release=release, sha256=sha256, downloads=downloads)
+    if out.exists():
+        with hold_folder(out, release.files, "model"):
+            pass  # another's folder is refused now, not after everything was fetched
     by_hand = (
         f"run the same command again to go on, or fetch {release.tokenizer} and {release.transformer} from "
         f"{release.source} by hand, then: varcli import {release.tokenizer} {release.transformer} --out {out}"
