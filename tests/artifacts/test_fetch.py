@@ -4,64 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from dropping_server import run_server
 
 from varcli.artifacts.fetch import fetch
+from varcli.artifacts.lock import lock_folder
 from varcli.errors import ArtifactError, IntegrityError
 
 CONTENT = bytes(range(256)) * 4000  # 1 MB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Serves `server.content`, closing each connection after `server.cut` bytes; understands Range and If-Range."""
-
-    def do_GET(self):
-        server = self.server
-        server.requests.append(self.headers.get("Range"))
-        if self.path == "/missing":
-            self.send_error(404)
-            return
-        if server.broken:
-            server.broken -= 1
-            self.send_error(503)
-            return
-        start = 0
-        if self.headers.get("Range") and self.headers.get("If-Range") == server.version and server.ranges:
-            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-        body = server.content[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", server.version)
-        self.end_headers()
-        self.wfile.write(body[: server.cut])
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def server():
-    found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found.content, found.version, found.cut, found.broken, found.ranges, found.requests = (
-        CONTENT,
-        '"1"',
-        None,
-        0,
-        True,
-        [],
-    )
-    thread = threading.Thread(target=found.serve_forever, daemon=True)
-    thread.start()
-    yield found
-    found.shutdown()
-    found.server_close()
+    with run_server(CONTENT) as found:
+        yield found
 
 
 def address(server, path="/file.npz") -> str:
-    return f"http://127.0.0.1:{server.server_address[1]}{path}"
+    return server.address + path
 
 
 def test_a_file_is_fetched_once_and_its_checksum_pinned(server, tmp_path):
@@ -150,3 +112,55 @@ def test_busy_servers_are_asked_again_and_missing_files_are_not(server, tmp_path
 def test_only_web_addresses_are_fetched(tmp_path):
     with pytest.raises(ArtifactError, match="http"):
         fetch("file:///etc/passwd", tmp_path / "x")
+
+
+def test_what_a_check_refuses_is_neither_kept_nor_pinned(server, tmp_path):
+    def check(path):
+        if path.read_bytes() != CONTENT[::-1]:
+            raise ArtifactError("a login page")
+
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match="login page"):
+            fetch(address(server), tmp_path / "file.npz", check=check)
+        assert not list(tmp_path.glob("file.npz")) + list(tmp_path.glob("*.part")) + list(tmp_path.glob("*.pin.json"))
+    server.content = CONTENT[::-1]
+    fetch(address(server), tmp_path / "file.npz", check=check)
+    assert (tmp_path / "file.npz").read_bytes() == CONTENT[::-1]
+
+
+def test_a_file_put_there_by_hand_is_checked_and_pinned_but_never_removed(server, tmp_path):
+    def refuse(path):
+        raise ArtifactError("another file")
+
+    target = tmp_path / "file.npz"
+    target.write_bytes(b"mine")
+    with pytest.raises(ArtifactError, match="another file"):
+        fetch(address(server), target, check=refuse)
+    assert target.read_bytes() == b"mine" and not list(tmp_path.glob("*.pin.json"))
+    fetch(address(server), target)
+    target.write_bytes(b"yours")
+    with pytest.raises(IntegrityError):
+        fetch(address(server), target)
+    assert not server.requests
+
+
+def test_who_comes_second_waits_and_finds_the_file(server, tmp_path):
+    heard, started = [], threading.Event()
+
+    def tell(step):
+        heard.append(step.message)
+        started.set()
+
+    second = threading.Thread(target=fetch, args=(address(server), tmp_path / "file.npz"), kwargs={"on_step": tell})
+    with lock_folder(tmp_path):
+        second.start()
+        assert started.wait(10) and not server.requests
+    second.join(10)
+    assert "waiting for another process" in heard[0]
+    assert (tmp_path / "file.npz").read_bytes() == CONTENT
+
+
+def test_a_pinned_file_is_there_for_all_while_another_is_fetched(server, tmp_path):
+    entry = fetch(address(server), tmp_path / "file.npz")
+    with lock_folder(tmp_path):
+        assert fetch(address(server), tmp_path / "file.npz") == entry

@@ -99,6 +99,18 @@ def test_what_is_no_archive_is_refused(path, data):
         open_npz(path)
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damaged_statistics_are_one_error(path, save):
+    save(path, mu=np.random.default_rng(0).random(500), sigma=np.eye(500))
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("mu.npy").header_offset
+    data = bytearray(path.read_bytes())
+    data[start + 1500] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="damaged"):
+        open_npz(path).read_statistics(STATISTICS_KEYS)
+
+
 def test_a_damaged_archive_is_found_while_reading(path):
     np.savez(path, arr_0=np.zeros((100, 32, 32, 3), np.uint8))
     data = bytearray(path.read_bytes())

@@ -6,13 +6,14 @@ afterwards `name.pin.json` with size and SHA-256 of what was fetched first.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from varcli.artifacts.lock import lock_folder
 from varcli.artifacts.manifest import FileEntry, hash_file
 from varcli.artifacts.verify import read_json
 from varcli.artifacts.write import prepare_folder, publish_file, write_json
-from varcli.errors import ArtifactError, IntegrityError
+from varcli.errors import ArtifactError, IntegrityError, LockedError
 from varcli.progress import OnStep, Step, ignore
 
 CACHE_VARIABLE = "VARCLI_CACHE"
 _CHUNK = 2**20  # bytes read at a time
+_LOCK_PAUSE = 0.2  # seconds between looks at whether another process has finished
 _DROPPED = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
@@ -42,6 +44,7 @@ def fetch(
     *,
     sha256: str | None = None,
     headers: Mapping[str, str] | None = None,
+    check: Callable[[Path], None] | None = None,
     attempts: int = 5,
     timeout: float = 30.0,
     pause: float = 1.0,
@@ -50,24 +53,26 @@ def fetch(
     """Fetch `url` to `target` unless it is there, and return its size and hash.
 
     sha256: what the file must hash to; None takes what was fetched the first time and pins it. headers: sent to `url`
-    and not to where it redirects, so that a token stays with its server. attempts: connections in a row that may bring
-    nothing. timeout: seconds without a byte. pause: seconds before the first retry, doubled each time.
-    A dropped connection goes on where it stopped, also in a later call. Raises ArtifactError if the file cannot be had,
-    IntegrityError if it is not the one expected; then nothing is left at `target`.
+    and not to where it redirects, so that a token stays with its server. check: raises what it finds wrong with a file
+    before it is pinned. attempts: connections in a row that may bring nothing. timeout: seconds without a byte. pause:
+    seconds before the first retry, doubled each time.
+    A dropped connection goes on where it stopped, also in a later call. Where another process fetches into the same
+    folder, this one waits for it. Raises ArtifactError if the file cannot be had, IntegrityError if it is not the one
+    expected, and what `check` raises; then nothing new is left at `target`.
     """
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise ArtifactError(f"`{url}` is not an http or https address")
+    if target.is_file() and pinned(target):
+        return _verify(target, sha256)  # without the lock, so that many processes can hash it at once
     folder = prepare_folder(target.parent, sweep=False)
-    with lock_folder(folder):
+    with contextlib.ExitStack() as stack:
+        _wait_for_lock(folder, stack, on_step)
         known = pinned(target)
         expected = sha256 or (known.sha256 if known else None)
         if target.is_file():
-            entry = hash_file(target)
-            if expected not in (None, entry.sha256):
-                raise IntegrityError(
-                    f"`{target}` has SHA-256 {entry.sha256[:12]}..., but {expected[:12]}... is expected",
-                    "delete it to fetch it again",
-                )
+            entry = _verify(target, sha256)
+            if known is None and check is not None:
+                check(target)
             return entry if known == entry else pin(target, entry, url)
         part = _part_file(target)
         _download(url, part, headers or {}, attempts, timeout, pause, on_step)
@@ -78,6 +83,12 @@ def fetch(
                 f"what `{url}` gave has SHA-256 {entry.sha256[:12]}..., but {expected[:12]}... is expected",
                 "it was changed on its server or on the way: do not use it",
             )
+        if known is None and check is not None:
+            try:
+                check(part)
+            except Exception:
+                part.unlink()
+                raise
         publish_file(part, target)
         _version_file(part).unlink(missing_ok=True)
         return pin(target, entry, url)
@@ -108,6 +119,32 @@ def pin(target: Path, entry: FileEntry, url: str) -> FileEntry:
 def pin_file(target: Path) -> Path:
     """Return the file that holds the pin of `target`."""
     return target.with_name(target.name + ".pin.json")
+
+
+def _verify(target: Path, sha256: str | None) -> FileEntry:
+    """Hash a file that is there. Raises IntegrityError if it is not the one expected."""
+    entry, known = hash_file(target), pinned(target)
+    expected = sha256 or (known.sha256 if known else entry.sha256)
+    if expected != entry.sha256:
+        raise IntegrityError(
+            f"`{target}` has SHA-256 {entry.sha256[:12]}..., but {expected[:12]}... is expected",
+            "delete it to fetch it again",
+        )
+    return entry
+
+
+def _wait_for_lock(folder: Path, stack: contextlib.ExitStack, on_step: OnStep) -> None:
+    """Hold `folder` for the length of `stack`; a lock dies with its process, so the wait ends."""
+    told = False
+    while True:
+        try:
+            stack.enter_context(lock_folder(folder))
+            return
+        except LockedError:
+            if not told:
+                on_step(Step(0, None, unit="bytes", message=f"waiting for another process that fetches into {folder}"))
+            told = True
+            time.sleep(_LOCK_PAUSE)
 
 
 def _download(

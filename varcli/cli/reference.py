@@ -29,7 +29,9 @@ def build(
         int | None,
         Option("--size", min=1, help="Pixels; larger images are cut in the centre. Default: their own size."),
     ] = None,
-    split: Annotated[str | None, Option("--split", help="train or val; default: train.", show_default=False)] = None,
+    split: Annotated[
+        str | None, Option("--split", help="train, val or all; default: train.", show_default=False)
+    ] = None,
     stored: Annotated[int, Option("--images", min=1, help="Images to store, for precision and recall.")] = 10_000,
     features: FeaturesOption = "auto",
     inception_weights: InceptionWeightsOption = None,

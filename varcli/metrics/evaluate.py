@@ -15,7 +15,7 @@ from torch import Tensor
 from varcli import __version__
 from varcli.devices import resolve_device
 from varcli.distributed import ALONE, World
-from varcli.errors import DataError, ShapeError
+from varcli.errors import ConfigError, DataError, ShapeError
 from varcli.metrics import cautions
 from varcli.metrics.arrays import Rows
 from varcli.metrics.base import FeatureSet
@@ -23,6 +23,7 @@ from varcli.metrics.compute import METRICS, choose_names, compute
 from varcli.metrics.features import ExtractedSet, choose_extractor, extract_features
 from varcli.metrics.inception import WEIGHTS_SHA256
 from varcli.metrics.inception_score import inception_score
+from varcli.metrics.named_references import is_named
 from varcli.metrics.published import Published, beside
 from varcli.metrics.reference import Reference, default_reference, open_reference
 from varcli.metrics.result import EvalConfig, EvalResult, Neighbours
@@ -112,6 +113,11 @@ class _Run:
         if any(_needs_reference(name, self.extractor.name) for name in self.names):
             name = config.reference or default_reference(self.opened.info, self.opened.side)
             on_step(Step(0, None, "images", message=f"reference: {name}"))
+            if is_named(name) and self.extractor.name != "inception":
+                raise ConfigError(
+                    f"`{name}` holds statistics of Inception features, but those in use are {self.extractor.name}'s",
+                    "pass --inception-weights, or a folder of real images with --ref",
+                )
             self.reference = open_reference(name, self.opened.side, stack, on_step)
         for part in (self.opened, self.reference):
             if part is not None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from varcli.artifacts.fetch import cache_folder, fetch
 from varcli.errors import ArtifactError, IntegrityError
@@ -47,6 +50,11 @@ NAMED = {
 """Every reference that has a name, beside emoji64, which comes with varcli."""
 
 
+def is_named(name: str) -> bool:
+    """Say whether `name` stands for a named reference, and not for a path that is called so."""
+    return name in NAMED and not Path(name).exists()
+
+
 def named_reference(name: str, on_step: OnStep = ignore) -> Path:
     """Return the file of a named reference, fetched into the user's cache if it is not there.
 
@@ -59,20 +67,21 @@ def named_reference(name: str, on_step: OnStep = ignore) -> Path:
         path = Path(place) / entry.file
         if not path.is_file():
             raise ArtifactError(f"{REFERENCES_VARIABLE} names `{place}`, which holds no {entry.file}")
-    else:
-        path = cache_folder() / "references" / entry.file
-        address = f"{place.rstrip('/')}/{entry.file}" if place else f"{_SERVER}/{entry.folder}/{entry.file}"
-        try:
-            fetch(address, path, on_step=on_step)
-        except IntegrityError:
+        check_reference_file(path, entry)
+        return path
+    path = cache_folder() / "references" / entry.file
+    address = f"{place.rstrip('/')}/{entry.file}" if place else f"{_SERVER}/{entry.folder}/{entry.file}"
+    try:
+        fetch(address, path, check=partial(check_reference_file, entry=entry), on_step=on_step)
+    except IntegrityError:
+        raise
+    except ArtifactError as error:
+        if path.exists():
             raise
-        except ArtifactError as error:
-            raise ArtifactError(
-                f"{error}",
-                f"run again to go on, or fetch {entry.file} by hand and pass it with --ref, or its folder with "
-                f"{REFERENCES_VARIABLE}",
-            ) from None
-    check_reference_file(path, entry)
+        raise type(error)(
+            f"{error}",
+            f"run again to go on, or fetch {address} by hand and put it at `{path}`, or anywhere and pass it with --ref",
+        ) from None
     return path
 
 
@@ -80,17 +89,19 @@ def check_reference_file(path: Path, entry: NamedReference) -> None:
     """Raise ArtifactError if a file has not the arrays that the named reference has."""
     headers = open_npz(path).headers
     wanted = {
-        IMAGES_KEY: (_NUM_IMAGES, entry.side, entry.side, 3),
-        STATISTICS_KEYS[0]: (_NUM_FEATURES,),
-        STATISTICS_KEYS[1]: (_NUM_FEATURES, _NUM_FEATURES),
-        SPATIAL_KEYS[0]: (_NUM_SPATIAL,),
-        SPATIAL_KEYS[1]: (_NUM_SPATIAL, _NUM_SPATIAL),
+        IMAGES_KEY: ((_NUM_IMAGES, entry.side, entry.side, 3), np.uint8),
+        STATISTICS_KEYS[0]: ((_NUM_FEATURES,), np.floating),
+        STATISTICS_KEYS[1]: ((_NUM_FEATURES, _NUM_FEATURES), np.floating),
+        SPATIAL_KEYS[0]: ((_NUM_SPATIAL,), np.floating),
+        SPATIAL_KEYS[1]: ((_NUM_SPATIAL, _NUM_SPATIAL), np.floating),
     }
-    for key, shape in wanted.items():
-        found = headers[key][0] if key in headers else None
-        if found != shape:
-            what = "is missing" if found is None else f"has shape {found}"
-            raise ArtifactError(
-                f"`{path}` is not {entry.file}: `{key}` {what}, but should have shape {shape}",
-                "delete it to fetch it again",
-            )
+    for key, (shape, kind) in wanted.items():
+        found, dtype = headers[key][:2] if key in headers else (None, None)
+        if found == shape and np.issubdtype(dtype, kind):
+            continue
+        what = "is missing" if found is None else f"is {dtype} of shape {found}"
+        should = "uint8" if kind is np.uint8 else "floats"
+        raise ArtifactError(
+            f"`{path}` is not {entry.file}: `{key}` {what}, but should be {should} of shape {shape}",
+            "delete it to fetch it again",
+        )

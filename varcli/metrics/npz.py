@@ -6,6 +6,7 @@ import json
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ STATISTICS_KEYS, SPATIAL_KEYS = ("mu", "sigma"), ("mu_s", "sigma_s")
 RECORD_KEY = "varcli"
 """A JSON text of what made the file, in those that varcli wrote."""
 
+_DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, EOFError)
 _MAX_RECORD = 2**20  # bytes
 _MAX_STATISTICS = 2**30  # bytes; a 2048 x 2048 float64 matrix has 34 MB
 
@@ -68,8 +70,8 @@ class NpzFile:
                         raise DataError(f"`{escape_path(str(self.path))}` ends in the middle of its images")
                     pixels = np.frombuffer(bytearray(data), np.uint8).reshape(wanted, height, width, 3)
                     yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
-            raise DataError(f"`{escape_path(str(self.path))}` is damaged: {error}", "make it again") from None
+        except _DAMAGED as error:
+            raise self._damaged(error) from None
 
     def digest_images(self) -> str:
         """Hash what the archive says of its images: size and CRC of the member, and its shape."""
@@ -85,11 +87,9 @@ class NpzFile:
         try:
             if shape != () or dtype.kind != "U" or dtype.itemsize > _MAX_RECORD:
                 raise ValueError(f"{dtype} {shape}")
-            with np.load(self.path, allow_pickle=False) as stored:
-                value = json.loads(str(stored[RECORD_KEY]))
-            if not isinstance(value, dict):
-                raise ValueError("no object")
-        except ValueError as error:
+            value = json.loads(str(self._read_array(RECORD_KEY)))
+            _check_record(value)
+        except (ValueError, RecursionError) as error:
             raise ShapeError(
                 f"`{escape_path(str(self.path))}`: its `{RECORD_KEY}` is no record of varcli's: {error}",
                 "make it again",
@@ -105,9 +105,31 @@ class NpzFile:
             shape, dtype, _ = self.headers[key]
             if math.prod(shape) * dtype.itemsize > _MAX_STATISTICS:
                 raise ShapeError(f"`{escape_path(str(self.path))}`: {key} has the shape {shape}, too large to be true")
-            with np.load(self.path, allow_pickle=False) as stored:
-                arrays.append(stored[key])
+            arrays.append(self._read_array(key))
         return check_statistics(f"`{escape_path(str(self.path))}`, {keys[0]} and {keys[1]}", *arrays)
+
+    def _read_array(self, key: str) -> np.ndarray:
+        try:
+            with np.load(self.path, allow_pickle=False) as stored:
+                return stored[key]
+        except _DAMAGED as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> DataError:
+        return DataError(f"`{escape_path(str(self.path))}` is damaged: {error}", "make it or fetch it again")
+
+
+def _check_record(value: Any) -> None:
+    """Raise ValueError for a record whose entries have not the form that `varcli reference build` gives them."""
+    if not isinstance(value, dict):
+        raise ValueError("no object")
+    images = value.get("images", {})
+    count = images.get("count", 1) if isinstance(images, dict) else 0
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError("its count of images is no count")
+    for key in ("network", "weights_sha256"):
+        if not isinstance(value.get(key, ""), str):
+            raise ValueError(f"its {key} is no text")
 
 
 def open_npz(path: Path) -> NpzFile:

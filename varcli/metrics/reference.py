@@ -16,8 +16,8 @@ from varcli.artifacts.verify import is_artifact
 from varcli.data.emoji import EMOJI64_CLASSES, unpack_emoji64
 from varcli.data.images import ImageTree, open_images
 from varcli.data.paths import escape_path
-from varcli.errors import ArtifactError, ConfigError, DataError
-from varcli.metrics.named_references import NAMED, named_reference
+from varcli.errors import ArtifactError, ConfigError, DataError, closest_names
+from varcli.metrics.named_references import NAMED, is_named, named_reference
 from varcli.metrics.npz import SPATIAL_KEYS, STATISTICS_KEYS, open_npz
 from varcli.metrics.sources import ImageSource, from_folder, from_npz, from_tree
 from varcli.metrics.statistics import Statistics
@@ -100,7 +100,7 @@ def open_reference(
     Raises VarcliError children for what is missing, damaged, unsafe, or of another size than the samples.
     """
     path = Path(name)
-    if name in NAMED and not path.exists():
+    if is_named(name):
         path = named_reference(name, on_step)
     if name == EMBEDDED and not path.exists():
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="varcli-"))) / EMBEDDED
@@ -125,9 +125,12 @@ def open_reference(
             shown=escape_path(name),
         )
     else:
-        known = ", ".join((EMBEDDED, *NAMED))
+        known = (EMBEDDED, *NAMED)
+        nearest = closest_names(name, known, count=1) if path.name == name else []
         raise ArtifactError(
-            f"there is no reference `{escape_path(name)}`", f"pass a folder, an npz file, or one of {known}"
+            f"there is no reference `{escape_path(name)}`",
+            (f"did you mean {nearest[0]}? " if nearest else "")
+            + f"pass a folder, an npz file, or one of {', '.join(known)}",
         )
     images = reference.images
     if images is not None and side is not None and (images.height, images.width) != side:
