@@ -1,30 +1,24 @@
-"""References: a built file says what its folder says; a named one is fetched once and never another."""
+"""A built reference file says what its folder says, of every image, and stands whole or not at all."""
 
 from __future__ import annotations
 
-import io
 import json
-import shutil
-from functools import partial
 
+import golden_eval
 import numpy as np
 import pytest
-from dropping_server import run_server
+import torch
 from PIL import Image
 from small_sets import draw, write_pngs
 from typer.testing import CliRunner
 
-from varcli.artifacts.lock import lock_folder
 from varcli.cli.app import app
-from varcli.data.emoji import EMOJI64_CLASSES
-from varcli.errors import ArtifactError, ConfigError, DataError, IntegrityError, ShapeError
-from varcli.metrics import EvalConfig, evaluate, named_references
+from varcli.errors import ConfigError, DataError, ShapeError
+from varcli.metrics import EvalConfig, evaluate
 from varcli.metrics import build_reference as building
 from varcli.metrics.build_reference import ReferenceConfig, build_reference
 from varcli.metrics.features import choose_extractor, extract_features
-from varcli.metrics.named_references import NAMED, REFERENCES_VARIABLE, named_reference
 from varcli.metrics.npz import STATISTICS_KEYS, open_npz
-from varcli.metrics.reference import default_reference
 from varcli.metrics.sources import from_folder
 
 OFFLINE = {"features": "lite0", "device": "cpu"}
@@ -54,18 +48,18 @@ def test_statistics_are_of_all_images_and_some_are_stored(samples, tmp_path):
     assert (record["images"]["count"], record["stored"]["count"], record["network"]) == (12, 5, "lite0")
 
 
-@pytest.mark.parametrize("piece", [50_000, 5, 1])
+@pytest.mark.parametrize("piece", [2**16, 8, 4])
 def test_statistics_are_those_of_all_features_however_many_are_held_at_once(tmp_path, monkeypatch, piece):
     folder = write_pngs(tmp_path / "real", draw(11, seed=3), [f"{number:02}.png" for number in range(11)])
-    features = extract_features(from_folder(folder), choose_extractor("lite0")).features.astype(np.float64)
+    extracted = extract_features(from_folder(folder), choose_extractor("lite0"), batch_size=4)
+    features = extracted.features.astype(np.float64)
     monkeypatch.setattr(building, "_PIECE", piece)
-    steps = []
-    built = build_reference(folder, tmp_path / "ref.npz", ReferenceConfig(**OFFLINE), on_step=steps.append)
+    steps, config = [], ReferenceConfig(batch_size=4, **OFFLINE)
+    built = build_reference(folder, tmp_path / "ref.npz", config, on_step=steps.append)
     statistics = open_npz(built.file).read_statistics(STATISTICS_KEYS)
-    np.testing.assert_allclose(statistics.mean, features.mean(axis=0), rtol=1e-9, atol=1e-7)
+    np.testing.assert_allclose(statistics.mean, features.mean(axis=0), rtol=1e-9, atol=1e-12)
     covariance = np.cov(features, rowvar=False)
-    # another batch size moves a float32 feature by its last digit, so only equal batches agree to more
-    assert np.abs(statistics.covariance - covariance).max() <= (1e-9 if piece > 11 else 1e-5) * np.abs(covariance).max()
+    assert np.abs(statistics.covariance - covariance).max() <= 1e-9 * np.abs(covariance).max()
     done = [step.done for step in steps]
     assert done[: done.index(11)] == sorted(done[: done.index(11)]) and {step.total for step in steps} == {11}
 
@@ -107,19 +101,31 @@ def test_the_record_says_what_made_the_file_but_not_where(tmp_path):
     assert open_npz(built.file).read_record()["content"] != record["content"]
 
 
+def test_inception_files_hold_spatial_statistics_too(tmp_path):
+    from varcli.metrics.inception_network import InceptionNetwork
+
+    weights = tmp_path / "weights.pth"
+    torch.save(golden_eval.formula_weights(InceptionNetwork().state_dict()), weights)
+    own = {"features": "inception", "inception_weights": weights, "allow_unknown_weights": True, "device": "cpu"}
+    folder = write_pngs(tmp_path / "real", draw(3, seed=3))
+    file = build_reference(folder, tmp_path / "ref.npz", ReferenceConfig(**own)).file
+    headers = open_npz(file).headers
+    shapes = {"arr_0": (3, 32, 32, 3), "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
+    assert {key: headers[key][0] for key in shapes} == shapes
+    assert {headers[key][1] for key in shapes if key != "arr_0"} == {np.dtype(np.float64)}
+
+
 @pytest.mark.parametrize("moment", ["reading", "storing"])
 def test_a_stopped_build_leaves_what_was_there(tmp_path, moment):
     folder = write_pngs(tmp_path / "real", draw(4, seed=3))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "ref.npz").write_bytes(b"older")
-    if moment == "storing":
-        (folder / "0.png").rename(folder / "moved.png")
 
     def stop(step):
-        if (moment == "reading" and step.done) or step.message == "storing images":
-            if moment == "reading":
-                raise KeyboardInterrupt
-            (folder / "moved.png").write_bytes(b"broken while the file is written")
+        if moment == "reading" and step.done:
+            raise KeyboardInterrupt
+        if step.message == "storing images":
+            (folder / "3.png").write_bytes(b"no image any more")
 
     with pytest.raises(KeyboardInterrupt if moment == "reading" else DataError):
         build_reference(folder, tmp_path / "out" / "ref.npz", ReferenceConfig(**OFFLINE), on_step=stop)
@@ -192,142 +198,3 @@ def test_one_image_has_no_covariance(tmp_path):
         build_reference(
             write_pngs(tmp_path / "real", draw(1, seed=3)), tmp_path / "ref.npz", ReferenceConfig(**OFFLINE)
         )
-
-
-ARRAYS = {
-    "arr_0": np.random.default_rng(0).integers(0, 256, (3, 256, 256, 3), dtype=np.uint8),
-    "mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(2), "sigma_s": np.eye(2),
-}
-
-
-def as_npz(**changes) -> bytes:
-    arrays = {key: array for key, array in {**ARRAYS, **changes}.items() if array is not None}
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def tiny_named(tmp_path, monkeypatch):
-    """A server of this machine with a named reference of small arrays."""
-    monkeypatch.setattr(named_references, "_NUM_IMAGES", 3)
-    monkeypatch.setattr(named_references, "_NUM_FEATURES", 4)
-    monkeypatch.setattr(named_references, "_NUM_SPATIAL", 2)
-    monkeypatch.setattr(named_references, "fetch", partial(named_references.fetch, attempts=2, pause=0))
-    with run_server(as_npz()) as server:
-        monkeypatch.setenv(REFERENCES_VARIABLE, server.address)
-        monkeypatch.setenv("VARCLI_CACHE", str(tmp_path / "cache"))
-        yield server
-
-
-def test_a_named_reference_is_fetched_once_and_pinned(tiny_named):
-    path = named_reference("imagenet256")
-    assert path.read_bytes() == tiny_named.content
-    assert named_reference("imagenet256") == path
-    assert tiny_named.paths == ["/VIRTUAL_imagenet256_labeled.npz"]
-
-
-def test_dropped_connections_do_not_change_what_arrives(tiny_named):
-    tiny_named.cut = 150_000
-    path = named_reference("imagenet256")
-    assert path.read_bytes() == tiny_named.content
-    assert tiny_named.requests[1:3] == ["bytes=150000-", "bytes=300000-"]
-    assert not list(path.parent.glob("*.part*"))
-
-
-def test_another_file_under_the_name_is_refused(tiny_named):
-    path = named_reference("imagenet256")
-    path.unlink()
-    tiny_named.content = as_npz(mu=np.ones(4))
-    with pytest.raises(IntegrityError, match="is expected"):
-        named_reference("imagenet256")
-    assert not path.exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"<html>please log in</html>", "not a whole npz file"),
-        (as_npz()[:-500], "not a whole npz file"),
-        (as_npz(mu=np.zeros(5)), r"`mu` is float64 of shape \(5,\)"),
-        (as_npz(mu=np.zeros(4, int)), "`mu` is int64"),
-        (as_npz(sigma_s=None), "`sigma_s` is missing"),
-        (as_npz(arr_0=np.zeros((2, 256, 256, 3), np.uint8)), "`arr_0` is uint8 of shape"),
-        (as_npz(arr_0=np.zeros((3, 256, 256, 3), np.float32)), "`arr_0` is float32"),
-    ],
-)
-def test_what_is_not_the_file_is_not_pinned_as_it(tiny_named, content, words):
-    tiny_named.content = content
-    with pytest.raises(ArtifactError, match=words) as caught:
-        named_reference("imagenet256")
-    assert "--ref" in caught.value.hint
-    tiny_named.content = as_npz()
-    assert named_reference("imagenet256").read_bytes() == as_npz()
-
-
-def test_a_folder_may_hold_it_and_a_missing_one_says_what_to_do(tiny_named, tmp_path, monkeypatch):
-    (tmp_path / "mine").mkdir()
-    file = tmp_path / "mine" / NAMED["imagenet256"].file
-    file.write_bytes(as_npz())
-    monkeypatch.setenv(REFERENCES_VARIABLE, str(file.parent))
-    assert named_reference("imagenet256") == file
-    with pytest.raises(ArtifactError, match="holds no VIRTUAL_imagenet512"):
-        named_reference("imagenet512")
-    file.write_bytes(as_npz(mu=None))
-    with pytest.raises(ArtifactError, match="`mu` is missing"):
-        named_reference("imagenet256")
-    assert not tiny_named.requests
-
-
-def test_without_a_network_the_error_says_which_file_goes_where(tiny_named, tmp_path, monkeypatch):
-    monkeypatch.setenv(REFERENCES_VARIABLE, "http://127.0.0.1:9/mirror/")
-    with pytest.raises(ArtifactError, match="cannot fetch") as caught:
-        named_reference("imagenet256")
-    place = tmp_path / "cache" / "references" / NAMED["imagenet256"].file
-    for words in (f"http://127.0.0.1:9/mirror/{place.name}", str(place), "--ref"):
-        assert words in caught.value.hint
-    place.write_bytes(as_npz())  # as the hint says
-    assert named_reference("imagenet256") == place
-
-
-def test_two_evaluations_can_begin_at_once(tiny_named):
-    path = named_reference("imagenet256")
-    with lock_folder(path.parent):
-        assert named_reference("imagenet256") == path
-
-
-def test_eval_says_which_reference_it_chose_and_fetches_none_that_the_features_cannot_use(tiny_named, tmp_path):
-    samples = write_pngs(tmp_path / "samples", draw(3, seed=1, side=256))
-    done = CliRunner().invoke(app, ["eval", str(samples), "--features", "lite0", "--device", "cpu"])
-    assert done.exit_code == 1
-    assert "reference: imagenet256" in done.stderr.splitlines()
-    assert "statistics of Inception features" in done.stderr and "--inception-weights" in done.stderr
-    assert not tiny_named.requests
-
-
-def test_a_misspelt_name_is_answered_with_the_nearest(samples):
-    with pytest.raises(ArtifactError, match="no reference") as caught:
-        evaluated(samples, "imagnet512")
-    assert "did you mean imagenet512?" in caught.value.hint
-
-
-def test_the_default_is_what_is_recorded_else_imagenet_at_their_size(tmp_path):
-    assert default_reference({"reference": str(tmp_path)}, (64, 64)) == str(tmp_path)
-    assert default_reference({"reference": "gone", "classes": list(EMOJI64_CLASSES)}) == "emoji64"
-    assert default_reference(None, (256, 256)) == "imagenet256"
-    assert default_reference({"classes": ["x"] * 1000}, (512, 512)) == "imagenet512"
-    for info, side in ((None, (64, 64)), ({"classes": ["a", "b"]}, (256, 256)), (None, (256, 512))):
-        with pytest.raises(ConfigError, match="which real images"):
-            default_reference(info, side)
-
-
-def test_samples_know_the_images_their_model_learned_from(tiny_tokenizer, tiny_images, tmp_path, monkeypatch):
-    from varcli.data.codes import CodesCache
-    from varcli.tokenizer.encode import tokenize
-    from varcli.tokenizer.store import save_tokenizer
-
-    monkeypatch.chdir(tmp_path)
-    save_tokenizer(tmp_path / "tokenizer", tiny_tokenizer)
-    tokenize(tiny_images, tmp_path / "codes", tmp_path / "tokenizer", workers=0, device="cpu")
-    assert CodesCache.open(tmp_path / "codes").info["source"] == str(tiny_images)
-    shutil.rmtree(tmp_path / "codes")
