@@ -29,7 +29,7 @@ from varcli.progress import OnStep, Step, ignore
 ALL = "all"
 """The split of every image there is."""
 
-# images whose features and logits are held at once, 1.6 GB of Inception's where no cache keeps them on disk; a multiple
+# images whose features and logits are held at once, 2.4 GB of Inception's where no cache keeps them on disk; a multiple
 # of every batch size, so that a batch, and its rounding, is that of one pass over all images
 _PIECE = 2**16
 _STATISTICS_ROWS = 4096
