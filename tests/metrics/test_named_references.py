@@ -36,9 +36,9 @@ def as_npz(**changes) -> bytes:
 @pytest.fixture
 def tiny_named(tmp_path, monkeypatch):
     """A server of this machine with a named reference of small arrays."""
-    monkeypatch.setattr(named_references, "_NUM_IMAGES", 3)
-    monkeypatch.setattr(named_references, "_NUM_FEATURES", 4)
-    monkeypatch.setattr(named_references, "_NUM_SPATIAL", 2)
+    monkeypatch.setattr(named_references, "NUM_IMAGES", 3)
+    monkeypatch.setattr(named_references, "NUM_FEATURES", 4)
+    monkeypatch.setattr(named_references, "NUM_SPATIAL", 2)
     monkeypatch.setattr(named_references, "fetch", partial(named_references.fetch, attempts=2, pause=0))
     with run_server(as_npz()) as server:
         monkeypatch.setenv(REFERENCES_VARIABLE, server.address)

@@ -26,7 +26,7 @@ STATISTICS_KEYS, SPATIAL_KEYS = ("mu", "sigma"), ("mu_s", "sigma_s")
 RECORD_KEY = "varcli"
 """A JSON text of what made the file, in those that varcli wrote."""
 
-_DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, EOFError)
+_DAMAGE = (zipfile.BadZipFile, OSError, EOFError, zlib.error)
 _MAX_RECORD = 2**20  # bytes
 _MAX_STATISTICS = 2**30  # bytes; a 2048 x 2048 float64 matrix has 34 MB
 
@@ -70,7 +70,7 @@ class NpzFile:
                         raise DataError(f"`{escape_path(str(self.path))}` ends in the middle of its images")
                     pixels = np.frombuffer(bytearray(data), np.uint8).reshape(wanted, height, width, 3)
                     yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-        except _DAMAGED as error:
+        except _DAMAGE as error:
             raise self._damaged(error) from None
 
     def digest_images(self) -> str:
@@ -112,7 +112,7 @@ class NpzFile:
         try:
             with np.load(self.path, allow_pickle=False) as stored:
                 return stored[key]
-        except _DAMAGED as error:
+        except _DAMAGE as error:
             raise self._damaged(error) from None
 
     def _damaged(self, error: Exception) -> DataError:
