@@ -103,9 +103,9 @@ class Quiet(SimpleHTTPRequestHandler):
 @pytest.fixture
 def tiny_named(tmp_path, monkeypatch):
     """A named reference of small arrays, on a server of this machine."""
-    monkeypatch.setattr(named_references, "_NUM_IMAGES", 3)
-    monkeypatch.setattr(named_references, "_NUM_FEATURES", 4)
-    monkeypatch.setattr(named_references, "_NUM_SPATIAL", 2)
+    monkeypatch.setattr(named_references, "NUM_IMAGES", 3)
+    monkeypatch.setattr(named_references, "NUM_FEATURES", 4)
+    monkeypatch.setattr(named_references, "NUM_SPATIAL", 2)
     (tmp_path / "served").mkdir()
     file = tmp_path / "served" / NAMED["imagenet256"].file
     arrays = {"arr_0": np.zeros((3, 256, 256, 3), np.uint8), "mu": np.zeros(4), "sigma": np.eye(4)}

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from varcli.metrics.published import beside
+from varcli.metrics.published import published_at
 from varcli.metrics.result import EvalResult, Neighbours
 from varcli.report.evaluation import write_report
 
@@ -23,7 +23,7 @@ RESULT = EvalResult(
     features={"network": "inception", "weights_sha256": "1" * 64},
     warnings=(f"beware of {NASTY}",),
     versions={"varcli": "0.1.0"},
-    published=beside({"fid": 2.2}, 256),
+    published=published_at(256),
 )
 
 

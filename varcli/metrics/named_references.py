@@ -17,7 +17,7 @@ from varcli.progress import OnStep, ignore
 
 REFERENCES_VARIABLE = "VARCLI_REFERENCES"
 _SERVER = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
-_NUM_IMAGES, _NUM_FEATURES, _NUM_SPATIAL = 10_000, 2048, 2023
+NUM_IMAGES, NUM_FEATURES, NUM_SPATIAL = 10_000, 2048, 2023  # in each file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +80,11 @@ def check_reference_file(path: Path, entry: NamedReference) -> None:
     """Raise ArtifactError if a file has not the arrays that the named reference has."""
     headers = open_npz(path).headers
     wanted = {
-        IMAGES_KEY: (_NUM_IMAGES, entry.side, entry.side, 3),
-        STATISTICS_KEYS[0]: (_NUM_FEATURES,),
-        STATISTICS_KEYS[1]: (_NUM_FEATURES, _NUM_FEATURES),
-        SPATIAL_KEYS[0]: (_NUM_SPATIAL,),
-        SPATIAL_KEYS[1]: (_NUM_SPATIAL, _NUM_SPATIAL),
+        IMAGES_KEY: (NUM_IMAGES, entry.side, entry.side, 3),
+        STATISTICS_KEYS[0]: (NUM_FEATURES,),
+        STATISTICS_KEYS[1]: (NUM_FEATURES, NUM_FEATURES),
+        SPATIAL_KEYS[0]: (NUM_SPATIAL,),
+        SPATIAL_KEYS[1]: (NUM_SPATIAL, NUM_SPATIAL),
     }
     for key, shape in wanted.items():
         found = headers[key][0] if key in headers else None
