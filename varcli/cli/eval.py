@@ -85,6 +85,10 @@ def evaluate(
         floor=floor,
         neighbours=_NEIGHBOURS if html else 0,
     )
+    if html:
+        from varcli.report.evaluation import check_report_path, write_report
+
+        check_report_path(html)
     with join_world(device) as (world, own_device):
         if world.size > 1:
             config = replace(config, device=own_device)
@@ -93,8 +97,6 @@ def evaluate(
             return
     result = run(samples, config, on_step=console.progress("reading images"))
     if html:
-        from varcli.report.evaluation import write_report
-
         write_report(result, html)
         console.note(f"report: {html}")
     if json:

@@ -34,7 +34,19 @@ from varcli.metrics.sources import ImageSource
 from varcli.metrics.statistics import Statistics
 from varcli.progress import OnStep, Step, ignore
 
-_SETTINGS = ("model", "seed", "cfg", "cfg_schedule", "top_k", "top_p", "smooth", "precision", "guidance", "transformer")
+_SETTINGS = (
+    "model",
+    "tokenizer",
+    "seed",
+    "cfg",
+    "cfg_schedule",
+    "top_k",
+    "top_p",
+    "smooth",
+    "precision",
+    "guidance",
+    "transformer",
+)
 _SHUFFLE_SEED = 0  # of the order in which the Inception Score reads a folder, and of the halves of a reference
 
 
