@@ -52,6 +52,7 @@ def test_json_has_each_number_under_its_name(paths):
     ("arguments", "message"),
     [
         (["{tmp}/none"], "there are no samples"),
+        (["{tmp}/samples", "--ref", "{tmp}/real", "--html", "{tmp}"], "is a folder"),
         (["{tmp}/samples"], "do not say which real images"),
         (["{tmp}/samples", "--ref", "{tmp}/none"], "there is no reference"),
         (["{tmp}/samples", "--ref", "{tmp}/real", "--metrics", "fid"], "pass --inception-weights"),
@@ -64,3 +65,39 @@ def test_what_cannot_be_evaluated_is_one_error_with_a_hint(paths, tmp_path, argu
     assert message in result.stderr
     assert "hint:" in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_html_leaves_a_page_with_pictures_and_json_has_the_counts(paths, tmp_path):
+    samples, real = paths
+    result = run(samples, "--ref", real, "--metrics", "kid", "--html", tmp_path / "out" / "report.html", "--json")
+    assert result.exit_code == 0
+    assert "report.html" in result.stderr
+    assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8").count("<img") == 6 * 6
+    value = json.loads(result.stdout)
+    assert value["class_counts"] == {} and value["published"] == []
+
+
+def test_a_published_protocol_is_set_beside_papers(capsys):
+    from varcli.cli.eval import show
+    from varcli.metrics.published import published_at
+    from varcli.metrics.result import EvalResult
+
+    sample = {"path": "mine.npz", "count": 50_000, "width": 256, "height": 256, "preparation": "as they are"}
+    show(
+        EvalResult(
+            metrics={"fid": 2.2},
+            skipped={},
+            floor={},
+            floor_images=None,
+            samples=sample,
+            reference=None,
+            features={"network": "inception", "weights_sha256": "0" * 64},
+            warnings=(),
+            versions={},
+            published=published_at(256),
+        )
+    )
+    shown = capsys.readouterr().out
+    assert "of 50,000 samples each (this result: 50,000)" in shown
+    lines = [line for line in shown.splitlines() if line.startswith(("VAR", "this result", "real images"))]
+    assert lines[-3].startswith("VAR") and any("mine.npz" in line for line in lines)

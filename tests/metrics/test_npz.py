@@ -118,3 +118,29 @@ def test_a_damaged_archive_is_found_while_reading(path):
     path.write_bytes(data)
     with pytest.raises(DataError, match="damaged"):
         list(open_npz(path).read_images(2))
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (np.array([2, 0, 1]), [2, 0, 1]),
+        (np.array([2, 0, 1], np.uint8), [2, 0, 1]),
+        (np.array([2, 0]), None),
+        (np.array([2.0, 0.0, 1.0]), None),
+        (np.eye(3, dtype=int), None),
+        (np.array([0, 1, 2**62]), None),
+    ],
+)
+def test_labels_are_read_where_they_are_classes(tmp_path, labels, expected):
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8), arr_1=labels)
+    found = open_npz(tmp_path / "samples.npz").read_labels()
+    assert found is None if expected is None else found.tolist() == expected
+
+
+def test_damaged_labels_are_one_error(tmp_path):
+    path = tmp_path / "samples.npz"
+    labels = np.arange(20_000)  # more than is read along with the header
+    np.savez(path, arr_0=np.zeros((20_000, 1, 1, 3), np.uint8), arr_1=labels)
+    path.write_bytes(path.read_bytes().replace(labels[-3:].tobytes(), labels[-3:][::-1].tobytes()))
+    with pytest.raises(DataError, match="its labels are damaged"):
+        open_npz(path).read_labels()

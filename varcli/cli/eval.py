@@ -85,6 +85,10 @@ def evaluate(
         floor=floor,
         neighbours=_NEIGHBOURS if html else 0,
     )
+    if html:
+        from varcli.report.evaluation import check_report_path, write_report
+
+        check_report_path(html)
     with join_world(device) as (world, own_device):
         if world.size > 1:
             config = replace(config, device=own_device)
@@ -93,8 +97,6 @@ def evaluate(
             return
     result = run(samples, config, on_step=console.progress("reading images"))
     if html:
-        from varcli.report.evaluation import write_report
-
         write_report(result, html)
         console.note(f"report: {html}")
     if json:
@@ -138,10 +140,15 @@ def show(result: Any) -> None:
 
 def _show_published(result: Any) -> None:
     """Print where the result stands among published ones."""
-    own = ("this result", str(result.samples["path"]), result.metrics["fid"], result.metrics.get("inception_score"))
-    rows = [(row.kind, row.model, row.fid, row.inception_score) for row in result.published]
+    from varcli.metrics.published import OWN, neighbours
+
+    own = (OWN, str(result.samples["path"]), result.metrics["fid"], result.metrics.get("inception_score"))
+    near = neighbours(result.published, result.metrics["fid"])
+    rows = [(row.kind, row.model, row.fid, row.inception_score) for row in near]
     rows = sorted([*rows, own], key=lambda row: row[2])
+    count = result.samples["count"]
     console.result("")
+    console.result(f"beside published results, of 50,000 samples each (this result: {count:,})")
     console.table(
         ("", "model", "FID", "IS"),
         [(kind, model, f"{fid:.2f}", "-" if score is None else f"{score:.1f}") for kind, model, fid, score in rows],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,9 @@ from varcli.metrics.features import ExtractedSet, choose_extractor, extract_feat
 from varcli.metrics.inception import WEIGHTS_SHA256
 from varcli.metrics.inception_score import inception_score
 from varcli.metrics.named_references import is_named
-from varcli.metrics.published import Published, beside
+from varcli.metrics.nearest import NearCopies, find_near_copies, find_neighbours
+from varcli.metrics.pixels import look_at
+from varcli.metrics.published import Published, published_at
 from varcli.metrics.reference import Reference, default_reference, open_reference
 from varcli.metrics.result import EvalConfig, EvalResult, Neighbours
 from varcli.metrics.samples import Samples, open_samples
@@ -32,8 +35,19 @@ from varcli.metrics.sources import ImageSource
 from varcli.metrics.statistics import Statistics
 from varcli.progress import OnStep, Step, ignore
 
-_SETTINGS = ("model", "seed", "cfg", "cfg_schedule", "top_k", "top_p", "smooth", "precision", "guidance", "transformer")
-_NUM_NEIGHBOURS = 5
+_SETTINGS = (
+    "model",
+    "tokenizer",
+    "seed",
+    "cfg",
+    "cfg_schedule",
+    "top_k",
+    "top_p",
+    "smooth",
+    "precision",
+    "guidance",
+    "transformer",
+)
 _SHUFFLE_SEED = 0  # of the order in which the Inception Score reads a folder, and of the halves of a reference
 
 
@@ -152,15 +166,17 @@ class _Run:
             raise DataError(f"not one metric can be computed: {reasons}")
         floor, floor_images = self._floor(real, real_set, held_out)
         found = cautions.Findings(
+            shown=opened.shown,
             samples=opened.images,
-            reference=None if reference is None else reference.images,
+            reference=reference,
             extractor=self.extractor,
             metrics=metrics,
             num_repeated=0 if sampled is None else sampled.num_repeated,
             has_unused_statistics=opened.has_unused_statistics,
             score_in_other_order=self._other_score(sampled, order, metrics),
             info=opened.info or {},
-            grid_contrast=None if opened.images is None else cautions.grid_contrast(opened.images),
+            pixels=None if opened.images is None else look_at(opened.images),
+            near=self._near_copies(sampled, real),
         )
         described = {"path": opened.shown} if opened.images is None else opened.images.describe()
         if sampled is not None and opened.images is not None:
@@ -177,7 +193,12 @@ class _Run:
             warnings=cautions.find(found),
             published=self._published(metrics),
             neighbours=self._neighbours(sampled, real),
-            versions={"varcli": __version__, **{name: version(name) for name in ("torch", "numpy", "torch-fidelity")}},
+            class_counts=_count_classes(opened.images),
+            versions={
+                "varcli": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "numpy", "pillow", "torch-fidelity")},
+            },
         )
 
     def _extract(self, source: ImageSource | None) -> ExtractedSet | None:
@@ -246,9 +267,13 @@ class _Run:
     def _published(self, metrics: dict[str, float]) -> tuple[Published, ...]:
         """Rows of papers, if the features and the reference are theirs."""
         reference, images = self.reference, self.opened.images
-        if reference is None or reference.statistics is None or reference.record or images is None:
-            return ()
-        return beside(metrics, images.width) if self.extractor.weights_sha256 == WEIGHTS_SHA256 else ()
+        is_theirs = self.extractor.weights_sha256 == WEIGHTS_SHA256 and reference is not None and reference.is_published
+        return published_at(images.width) if is_theirs and images is not None and "fid" in metrics else ()
+
+    def _near_copies(self, sampled: ExtractedSet | None, real: ExtractedSet | None) -> NearCopies | None:
+        if sampled is None or real is None:
+            return None
+        return find_near_copies(sampled.features, real.features, self.extractor.device)
 
     def _neighbours(self, sampled: ExtractedSet | None, real: ExtractedSet | None) -> tuple[Neighbours, ...]:
         samples, reference = self.opened.images, self.reference
@@ -256,18 +281,9 @@ class _Run:
             return ()
         if reference is None or reference.images is None:
             return ()
-        found = []
-        for index in np.unique(np.linspace(0, samples.count - 1, self.config.neighbours).astype(int)):
-            squared = ((real.features - sampled.features[index]) ** 2).sum(axis=1)
-            nearest = np.argsort(squared, kind="stable")[:_NUM_NEIGHBOURS]
-            found.append(
-                Neighbours(
-                    sample=_read_one(samples, int(index)),
-                    nearest=tuple(_read_one(reference.images, int(place)) for place in nearest),
-                    distances=tuple(float(distance) for distance in np.sqrt(squared[nearest])),
-                )
-            )
-        return tuple(found)
+        return find_neighbours(
+            samples, sampled.features, reference.images, real.features, self.config.neighbours, self.extractor.device
+        )
 
     def _check_record(self, reference: Reference) -> None:
         """Refuse a file that says that its statistics are of other features than those in use."""
@@ -327,9 +343,13 @@ def _take(extracted: ExtractedSet, rows: np.ndarray) -> FeatureSet:
     )
 
 
-def _read_one(source: ImageSource, index: int) -> np.ndarray:
-    (images,) = source.batches(1, index, index + 1, workers=0)
-    return images[0].numpy()
+def _count_classes(source: ImageSource | None) -> dict[str, int]:
+    """Return how many images each class has, by its name or number; empty where the classes are not known."""
+    if source is None or source.labels is None:
+        return {}
+    counts = cautions.class_counts(source).tolist()
+    names = source.classes if source.classes and len(source.classes) == len(counts) else range(len(counts))
+    return {str(name): count for name, count in zip(names, counts, strict=True)}
 
 
 def _describe_samples(opened: Samples) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -21,12 +23,13 @@ from varcli.data.paths import escape_path
 from varcli.errors import ArtifactError, DataError, ShapeError, UnsafeFileError
 from varcli.metrics.statistics import Statistics, check_statistics
 
-IMAGES_KEY = "arr_0"
+IMAGES_KEY, LABELS_KEY = "arr_0", "arr_1"
 STATISTICS_KEYS, SPATIAL_KEYS = ("mu", "sigma"), ("mu_s", "sigma_s")
 RECORD_KEY = "varcli"
 """A JSON text of what made the file, in those that varcli wrote."""
 
-_DAMAGE = (zipfile.BadZipFile, OSError, EOFError, zlib.error)
+_DAMAGE = (zipfile.BadZipFile, OSError, EOFError, zlib.error, struct.error)
+_MAX_CLASSES = 2**20
 _MAX_RECORD = 2**20  # bytes
 _MAX_STATISTICS = 2**30  # bytes; a 2048 x 2048 float64 matrix has 34 MB
 
@@ -60,7 +63,7 @@ class NpzFile:
         count = count if stop is None else stop
         size = height * width * 3
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES_KEY}.npy") as file:
+            with _open_member(self.path, f"{IMAGES_KEY}.npy", seeks=start > 0) as file:
                 _read_header(file)
                 file.seek(start * size, os.SEEK_CUR)
                 for first in range(start, count, batch_size):
@@ -72,6 +75,31 @@ class NpzFile:
                     yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         except _DAMAGE as error:
             raise self._damaged(error) from None
+
+    @property
+    def has_quick_seek(self) -> bool:
+        """Whether the images are stored as they are, so that reading may begin anywhere."""
+        with zipfile.ZipFile(self.path) as archive:
+            return _is_plain(archive.getinfo(f"{IMAGES_KEY}.npy"))
+
+    def read_labels(self) -> np.ndarray | None:
+        """Return the class of each image, int64 (N,), or None if the file holds none, or numbers too large for classes.
+
+        Raises DataError if they are damaged.
+        """
+        if LABELS_KEY not in self.headers or self.image_shape is None:
+            return None
+        shape, dtype, _ = self.headers[LABELS_KEY]
+        if shape != (self.image_shape[0],) or dtype.kind not in "iu":
+            return None
+        try:
+            with np.load(self.path, allow_pickle=False) as stored:
+                labels = stored[LABELS_KEY]
+        except (*_DAMAGE, ValueError) as error:
+            raise DataError(
+                f"`{escape_path(str(self.path))}`: its labels are damaged: {error}", "make it again"
+            ) from None
+        return labels.astype(np.int64) if len(labels) and labels.max() < _MAX_CLASSES else None
 
     def digest_images(self) -> str:
         """Hash what the archive says of its images: size and CRC of the member, and its shape."""
@@ -168,6 +196,35 @@ def open_npz(path: Path) -> NpzFile:
             f"images are stored as {IMAGES_KEY}, statistics as {' and '.join(STATISTICS_KEYS)}",
         )
     return NpzFile(path=Path(path), headers=headers)
+
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, lengths of its name and extra field
+
+
+def _is_plain(member: zipfile.ZipInfo) -> bool:
+    """Whether a member's bytes lie in the archive as they are."""
+    return member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & 1
+
+
+@contextlib.contextmanager
+def _open_member(path: Path, name: str, seeks: bool) -> Iterator[IO[bytes]]:
+    """Open a member of an archive; with `seeks`, a plain one as a part of the file, since zipfile seeks by reading.
+
+    Read from its start, a member is checked against its CRC.
+    """
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(name)
+        if not seeks or not _is_plain(member):
+            with archive.open(member) as file:
+                yield file
+            return
+    with open(path, "rb") as file:
+        file.seek(member.header_offset)
+        signature, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+        if signature != b"PK\x03\x04":
+            raise zipfile.BadZipFile("a member is not where the archive says")
+        file.seek(name_length + extra_length, os.SEEK_CUR)
+        yield file
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -17,7 +17,7 @@ from varcli.data.emoji import EMOJI64_CLASSES, unpack_emoji64
 from varcli.data.images import ImageTree, open_images
 from varcli.data.paths import escape_path
 from varcli.errors import ArtifactError, ConfigError, DataError, closest_names
-from varcli.metrics.named_references import NAMED, is_named, named_reference
+from varcli.metrics.named_references import NAMED, NUM_IMAGES, NUM_SPATIAL, is_named, named_reference
 from varcli.metrics.npz import SPATIAL_KEYS, STATISTICS_KEYS, open_npz
 from varcli.metrics.sources import ImageSource, from_folder, from_npz, from_tree
 from varcli.metrics.statistics import Statistics
@@ -40,6 +40,28 @@ class Reference:
     sha256: str | None = None  # of an npz file
     record: dict[str, Any] = field(default_factory=dict)  # what an npz file of varcli's says of itself
     shown: str = ""  # path or name, printable
+
+    @property
+    def side(self) -> tuple[int, int] | None:
+        """Height and width of the images, or of those that the statistics are of; None if a file does not say."""
+        if self.images is not None:
+            return self.images.height, self.images.width
+        recorded = self.record.get("images")
+        sides = (recorded.get("height"), recorded.get("width")) if isinstance(recorded, dict) else ()
+        return (sides[0], sides[1]) if sides and all(isinstance(side, int) for side in sides) else None
+
+    @property
+    def is_published(self) -> bool:
+        """Whether this is, as far as its arrays tell, one of the files that published FIDs are measured against."""
+        return not self.record and any(
+            self.images is not None
+            and self.side == (entry.side, entry.side)
+            and self.images.count == NUM_IMAGES
+            and self.statistics is not None
+            and self.spatial_statistics is not None
+            and self.spatial_statistics.num_features == NUM_SPATIAL
+            for entry in NAMED.values()
+        )
 
     def more_real_images(self, count: int, labels: np.ndarray | None, seed: int = 0) -> ImageSource | None:
         """Return real images that are not in the reference, for the number that perfect samples would get.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,10 @@ class EvalResult:
     versions: dict[str, str]  # of varcli and of the libraries that compute
     published: tuple[Published, ...] = ()  # rows of papers, where the protocol is theirs
     neighbours: tuple[Neighbours, ...] = ()  # of a few samples, where they were asked for
+    class_counts: dict[str, int] = field(default_factory=dict)  # samples of each class, where the classes are known
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON object: each number under its own name, the rest beside them."""
+        """Return a JSON object: each number under its own name, the rest beside them; no pictures."""
         return {
             **self.metrics,
             "floor": {"images": self.floor_images, **self.floor} if self.floor else None,
@@ -63,6 +64,7 @@ class EvalResult:
             "reference": self.reference,
             "features": self.features,
             "warnings": list(self.warnings),
+            "class_counts": self.class_counts,
             "published": [asdict(row) for row in self.published],
             "versions": self.versions,
         }

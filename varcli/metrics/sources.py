@@ -44,6 +44,7 @@ class ImageSource:
     classes: tuple[str, ...] | None = None
     num_jpeg: int = 0  # images stored as JPEG
     preparation: str = "as they are"  # what happens to the images on disk
+    has_quick_seek: bool = True  # whether reading may begin anywhere without reading all that comes before
 
     def batches(
         self, batch_size: int, start: int = 0, stop: int | None = None, workers: int | None = None
@@ -171,6 +172,8 @@ def from_npz(file: NpzFile) -> ImageSource | None:
         read=lambda start, stop, batch_size, workers: file.read_images(batch_size, start, stop),
         digest=file.digest_images,
         has_order=True,
+        labels=file.read_labels(),
+        has_quick_seek=file.has_quick_seek,
     )
 
 
