@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from varcli.artifacts.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Manifest, hash_file
+from varcli.artifacts.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Manifest, hash_files
 from varcli.errors import ArtifactError, IntegrityError
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -104,16 +104,18 @@ def read_manifest(folder: Path, kind: str | None = None) -> Manifest:
 
 def verify_folder(folder: Path, manifest: Manifest) -> list[str]:
     """Hash every file that `manifest` names; return one line a problem, an empty list if all is well."""
-    problems = []
+    problems = {}
     for name, entry in manifest.files.items():
         path = Path(folder) / name
         if not path.is_file() or path.is_symlink():
-            problems.append(f"{name}: missing")
+            problems[name] = "missing"
         elif path.stat().st_size != entry.size:
-            problems.append(f"{name}: {path.stat().st_size} bytes, manifest says {entry.size}")
-        elif hash_file(path) != entry:
-            problems.append(f"{name}: SHA-256 differs from the manifest")
-    return problems
+            problems[name] = f"{path.stat().st_size} bytes, manifest says {entry.size}"
+    names = [name for name in manifest.files if name not in problems]
+    for name, entry in zip(names, hash_files([Path(folder) / name for name in names]), strict=True):
+        if entry != manifest.files[name]:
+            problems[name] = "SHA-256 differs from the manifest"
+    return [f"{name}: {problems[name]}" for name in manifest.files if name in problems]
 
 
 def read_checked_bytes(folder: Path, name: str, manifest: Manifest) -> bytes:

@@ -7,11 +7,11 @@ from typing import Annotated
 from typer import Argument, Option
 
 from varcli.cli import console
-from varcli.cli.options import DeviceOption, JsonOption, PrecisionOption
+from varcli.cli.options import DeviceOption, JsonOption, PrecisionOption, WorkersOption
 
 
 def bench(
-    stage: Annotated[str, Argument(help="tokenize, train, sample or all.")] = "all",
+    stage: Annotated[str, Argument(help="tokenize, train, sample, all (these three), or eval.")] = "all",
     depth: Annotated[int, Option("--depth", help="Blocks of the transformer.")] = 16,
     scales: Annotated[
         str, Option("--scales", help="256, 512, 1024, or sides of the token maps such as 1,2,4.")
@@ -22,11 +22,20 @@ def bench(
     ] = None,
     compile_: Annotated[bool, Option("--compile", help="Use torch.compile.")] = False,
     repeats: Annotated[int, Option("--repeats", help="Timed runs; the median counts.")] = 5,
+    count: Annotated[int, Option("--n", min=256, help="eval: pictures.")] = 50_000,
+    size: Annotated[int, Option("--size", min=32, help="eval: their side in pixels.")] = 256,
+    workers: WorkersOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     json: JsonOption = False,
 ) -> None:
-    """Time the stages with random weights, next to a large matrix product on the same device."""
+    """Time the stages with random weights, next to a large matrix product on the same device.
+
+    `varcli bench eval` times `varcli eval` on made-up pictures, with its parts and its memory.
+    """
+    if stage == "eval":
+        _evaluation(count, size, workers, device, json)
+        return
     from varcli.bench.stages import BenchConfig, run_bench
 
     config = BenchConfig(
@@ -60,3 +69,34 @@ def bench(
         for entry in result.measurements
     ]
     console.table(("stage", "batch", "ms", "images/s", "of matmul", "peak GiB"), rows)
+
+
+def _evaluation(count: int, size: int, workers: int | None, device: str, json: bool) -> None:
+    from varcli.bench.evaluation import EvalBenchConfig, bench_evaluation
+
+    config = EvalBenchConfig(count=count, side=size, workers=workers, device=device)
+    result = bench_evaluation(config, on_step=console.progress("measuring"))
+    if json:
+        console.json_result(result.to_json())
+        return
+    ceiling = result.ceiling
+    console.result(
+        f"{ceiling.device}: {ceiling.dtype} matrix product {ceiling.matmul_tflops:.3g} TFLOP/s, the network reaches "
+        f"{result.network_tflops:.3g}; {result.count:,} PNG files of {result.file_kb:.0f} kB, {result.workers} processes decode"
+    )
+    rows = [
+        (
+            part.name,
+            f"{part.seconds:,.1f}",
+            f"{part.images / part.seconds:,.0f}",
+            _gib(part.peak_gpu_gib),
+            _gib(part.peak_host_gib),
+            _gib(part.mapped_gib),
+        )
+        for part in result.parts
+    ]
+    console.table(("part", "seconds", "images/s", "GPU GiB", "host GiB", "of it files"), rows)
+
+
+def _gib(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

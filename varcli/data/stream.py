@@ -25,6 +25,11 @@ from varcli.data.views import DecodeConfig
 from varcli.data.worker import receive, run_task, send
 from varcli.errors import DataError, unknown_name
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 
 _ROWS_PER_TASK = 32  # 6 MB of 256 px images: large beside the cost of a message, small beside the memory
 _TASKS_PER_WORKER = 2  # in flight, so that none waits for the parent
+_PIPE_BYTES = 2**20
 _MAX_WORKERS = 16  # chosen by default; decoding for one GPU needs no more
 
 Result = tuple[dict[str, Any], np.ndarray]
@@ -253,6 +259,7 @@ class _Worker:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             start_new_session=True,  # Ctrl-C is the parent's to handle; the worker ends with its stdin
         )
+        _widen(_pipe(self.process.stdout))
 
     def call(self, task: _Task) -> Result:
         """Have one task done. Raises DataError if the process is gone."""
@@ -301,6 +308,13 @@ def _workers(count: int) -> Iterator[list[_Worker]]:
     finally:
         for worker in started:
             worker.stop()
+
+
+def _widen(pipe: BinaryIO) -> None:
+    """Let a pipe hold more than the usual 64 KB, where the system can: each read of it takes Python's lock once."""
+    if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
+        with suppress(OSError):  # more than this user may have
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def _pipe(pipe: Any) -> BinaryIO:

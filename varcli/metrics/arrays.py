@@ -28,7 +28,8 @@ def check_rows(name: str, rows: Rows, min_rows: int = 1) -> Rows:
         raise ShapeError(f"{name} must hold floats, but holds {rows.dtype}")
     if len(rows) < min_rows:
         raise ShapeError(f"{name} must have at least {min_rows} rows, but has {len(rows)}")
-    for start, piece in pieces(rows, 4096):
+    for start in range(0, len(rows), 4096):
+        piece = torch.as_tensor(rows[start : start + 4096])
         if not torch.isfinite(piece).all():
             row = start + int((~torch.isfinite(piece).all(dim=1)).nonzero()[0])
             raise ShapeError(f"{name} holds NaN or infinity, first in row {row}")

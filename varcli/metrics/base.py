@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from varcli.metrics.arrays import Rows
@@ -20,7 +21,10 @@ class FeatureSet:
 
     features: Rows | None = None  # float (N, D), pooled features, one row an image
     spatial: Rows | None = None  # float (N, 2023), Inception's spatial features, for sFID
-    logits: Rows | None = None  # float (N, classes), in the order that the Inception Score reads
+    logits: Rows | None = None  # float (N, classes)
+    logits_order: np.ndarray | None = (
+        None  # permutation of the N rows, in which the Inception Score reads; None as they are
+    )
     statistics: Statistics | None = None  # of the features of a whole data set, of which `features` may be a part
     spatial_statistics: Statistics | None = None  # likewise of the spatial features
 

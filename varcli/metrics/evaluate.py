@@ -252,7 +252,7 @@ class _Run:
             return None
         in_file_order = np.array_equal(order, np.arange(len(order)))
         other = np.random.default_rng(_SHUFFLE_SEED).permutation(len(order)) if in_file_order else np.arange(len(order))
-        return inception_score(sampled.logits[other])
+        return inception_score(sampled.logits, order=other)
 
     def _check_statistics(self, shown: str, statistics: Statistics | None) -> None:
         if statistics is not None and statistics.num_features != self.extractor.num_features:
@@ -324,11 +324,12 @@ def _feature_set(
     statistics: Statistics | None = None,
     spatial_statistics: Statistics | None = None,
 ) -> FeatureSet:
-    """Make a set of everything; only the logits are put in `order`, which only the Inception Score sees."""
+    """Make a set of everything; `order` is the Inception Score's alone."""
     return FeatureSet(
         features=extracted.features,
         spatial=extracted.spatial,
-        logits=extracted.logits[order],
+        logits=extracted.logits,
+        logits_order=order,
         statistics=statistics,
         spatial_statistics=spatial_statistics,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +29,10 @@ CACHE_FROM = 256
 
 _VERSION = 1  # of what a cached row means; changes with the code that computes it
 _LOGIT_ROWS = 4096
-_GPU_BATCH = 128
+GPU_BATCH = 256
+"""Images at a time on a GPU."""
+
+_HASH_THREADS = 4
 
 
 class Extractor(Protocol):
@@ -111,7 +115,7 @@ def extract_features(
     Raises DataError for an image that cannot be used, NumericError if a feature is not finite, ConfigError for several
     ranks without a cache, and what writing the cache raises.
     """
-    size = align_batch(batch_size or (extractor.batch_size if extractor.device.type == "cpu" else _GPU_BATCH))
+    size = align_batch(batch_size or (extractor.batch_size if extractor.device.type == "cpu" else GPU_BATCH))
     settings = {
         "version": _VERSION,
         "network": extractor.name,
@@ -125,12 +129,22 @@ def extract_features(
     def rows(start: int, stop: int) -> Iterator[dict[str, Tensor]]:
         done = start
         on_step(Step(done, stop, "images"))
+        waiting = None
         for images in source.batches(size, start, stop, workers):
-            yield _extract_batch(images, extractor, spatial, source.shown)
+            begun = _begin_batch(images, extractor, spatial, pool)
+            if waiting is not None:
+                yield _finish_batch(waiting, extractor, source.shown)
+            waiting = begun
             done += len(images)
             on_step(Step(done, stop, "images"))
+        if waiting is not None:
+            yield _finish_batch(waiting, extractor, source.shown)
 
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+    with (
+        torch.inference_mode(),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False),
+        ThreadPoolExecutor(_HASH_THREADS) as pool,
+    ):
         if cache is None or source.digest is None or (source.count < CACHE_FROM and world.size == 1):
             if world.size > 1:
                 raise ConfigError(f"several processes need a cache, but `{source.shown}` has none", "use one process")
@@ -143,29 +157,45 @@ def extract_features(
             else:
                 arrays = kept.compute(rows, world)
         features = arrays["features"]
-        logits = [
-            extractor.logits(torch.from_numpy(features[start : start + _LOGIT_ROWS]).to(extractor.device)).cpu()
-            for start in range(0, len(features), _LOGIT_ROWS)
-        ]
+        logits = _compute_logits(features, extractor)
     _, counts = np.unique(arrays["pixels"].view("V16"), return_counts=True)
     return ExtractedSet(
         features=features,
         spatial=arrays.get("spatial"),
-        logits=torch.cat(logits).numpy(),
+        logits=logits,
         num_repeated=int(counts[counts > 1].sum()),
     )
 
 
-def _extract_batch(images: Tensor, extractor: Extractor, spatial: bool, shown: str) -> dict[str, Tensor]:
-    """Return the rows of one batch: features, spatial ones if asked for, and a hash of each image's pixels."""
+def _compute_logits(features: np.ndarray, extractor: Extractor) -> np.ndarray:
+    """Return the logits of features (N, D), which are not kept on disk since they follow from them."""
+    logits = np.empty((0, 0), np.float32)
+    for start in range(0, len(features), _LOGIT_ROWS):
+        rows = torch.from_numpy(features[start : start + _LOGIT_ROWS]).to(extractor.device)
+        part = extractor.logits(rows).cpu().numpy()
+        if not len(logits):
+            logits = np.empty((len(features), part.shape[1]), part.dtype)
+        logits[start : start + len(part)] = part
+    return logits
+
+
+def _begin_batch(images: Tensor, extractor: Extractor, spatial: bool, pool: ThreadPoolExecutor) -> dict[str, Tensor]:
+    """Give one batch to the network, and hash each image's pixels while a GPU is at work; the rows stay on the device."""
+    if extractor.device.type == "cuda":
+        images = images.pin_memory()  # without it the copy would wait for the batch before
     features, maps = extractor.extract(images, spatial)
-    digests = b"".join(hashlib.blake2b(image.contiguous().numpy(), digest_size=16).digest() for image in images)
-    batch = {
-        "features": features.float().cpu(),
-        "pixels": torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, 16),
-    }
-    if maps is not None:
-        batch["spatial"] = maps.float().cpu()
-    if not torch.isfinite(batch["features"]).all():
+    digests = b"".join(pool.map(_hash_pixels, images.chunk(_HASH_THREADS)))
+    batch = {"features": features, "pixels": torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, 16)}
+    return batch if maps is None else {**batch, "spatial": maps}
+
+
+def _hash_pixels(images: Tensor) -> bytes:
+    return b"".join(hashlib.blake2b(image.contiguous().numpy(), digest_size=16).digest() for image in images)
+
+
+def _finish_batch(batch: dict[str, Tensor], extractor: Extractor, shown: str) -> dict[str, Tensor]:
+    """Return the rows of one batch in memory: features, spatial ones if asked for, and the hashes."""
+    rows = {name: part.cpu() if name == "pixels" else part.float().cpu() for name, part in batch.items()}
+    if not torch.isfinite(rows["features"]).all():
         raise NumericError(f"the {extractor.name} features of `{shown}` are not finite", "use --device cpu")
-    return batch
+    return rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from varcli import config as configs
-from varcli.artifacts.manifest import digest_json, hash_file
+from varcli.artifacts.manifest import digest_json, hash_files
 from varcli.artifacts.verify import is_artifact, read_manifest, verify_folder
 from varcli.data.decode import UnusableImage, load_image
 from varcli.data.defaults import default_decode
@@ -25,7 +24,6 @@ from varcli.errors import DataError, IntegrityError, ShapeError
 from varcli.metrics.npz import NpzFile
 from varcli.shapes import check_shape
 
-_HASH_THREADS = 8  # files hashed at a time; hashing leaves Python's lock
 _WORKERS_FROM = 2048  # images; below it, starting processes takes longer than decoding
 
 
@@ -233,11 +231,10 @@ def _digest_files(root: Path, paths: list[Path], hashes: Mapping[Path, str] | No
     """Hash names, order and content of files. hashes: SHA-256 of those that are known already."""
     known = dict(hashes or {})
     missing = [path for path in paths if path not in known]
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        try:
-            known.update(zip(missing, pool.map(lambda path: hash_file(path).sha256, missing), strict=True))
-        except OSError as error:
-            raise DataError(f"cannot read `{escape_path(str(error.filename))}`: {error.strerror}") from None
+    try:
+        known.update(zip(missing, (entry.sha256 for entry in hash_files(missing)), strict=True))
+    except OSError as error:
+        raise DataError(f"cannot read `{escape_path(str(error.filename))}`: {error.strerror}") from None
     return digest_json([[escape_path(path.relative_to(root).as_posix()), known[path]] for path in paths])
 
 

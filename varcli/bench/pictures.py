@@ -1,0 +1,52 @@
+"""Made-up pictures on disk, as many as a benchmark needs: about as large as photographs, and no two alike."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from varcli.progress import OnStep, Step, ignore
+
+_COARSE = 16  # pixels of a picture before it is enlarged
+_GRAIN = 6  # grey levels at most; with it a 256 px PNG has some 120 kB, as photographs have
+_CHUNK = 250  # pictures a task
+
+
+def draw_picture(number: int, side: int) -> np.ndarray:
+    """Return picture `number`, uint8 (side, side, 3): soft patches of colour with grain. The same each time."""
+    random = np.random.default_rng(number)
+    coarse = Image.fromarray(random.integers(0, 256, (_COARSE, _COARSE, 3), np.uint8))
+    soft = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC), np.int16)
+    grain = random.integers(-_GRAIN, _GRAIN + 1, soft.shape, np.int16)
+    return (soft + grain).clip(0, 255).astype(np.uint8)
+
+
+def write_pictures(folder: Path, count: int, side: int, workers: int, on_step: OnStep = ignore) -> None:
+    """Write pictures 0 ... count - 1 as PNG files."""
+    folder.mkdir(parents=True)
+    starts = range(0, count, _CHUNK)
+    write = partial(_write_some, folder, count, side)
+    with ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool:
+        for done, _ in enumerate(pool.map(write, starts)):
+            on_step(Step(min((done + 1) * _CHUNK, count), count, "images"))
+
+
+def read_pictures(folder: Path, count: int) -> Iterator[np.ndarray]:
+    """Yield the first `count` pictures of a folder, uint8 (side, side, 3)."""
+    for number in range(count):
+        yield np.asarray(Image.open(_path(folder, number)))
+
+
+def _write_some(folder: Path, count: int, side: int, start: int) -> None:
+    for number in range(start, min(start + _CHUNK, count)):
+        Image.fromarray(draw_picture(number, side)).save(_path(folder, number), compress_level=1)
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.png"
