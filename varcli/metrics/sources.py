@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +222,7 @@ def _read_files(
 
     if size[0] != size[1] or len(paths) < _WORKERS_FROM:
         return read_here
-    names = tuple(path.relative_to(folder).as_posix() for path in paths)
+    names = tuple(_names(folder, paths))
     tree = ImageTree(folder, ("",), {"val": Split(names, np.zeros(len(names), np.int32))})
     config = DecodeConfig(size=size[0], crop="exact")
     return _read_tree(tree, "val", config, np.arange(len(names)))
@@ -235,7 +236,15 @@ def _digest_files(root: Path, paths: list[Path], hashes: Mapping[Path, str] | No
         known.update(zip(missing, (entry.sha256 for entry in hash_files(missing)), strict=True))
     except OSError as error:
         raise DataError(f"cannot read `{escape_path(str(error.filename))}`: {error.strerror}") from None
-    return digest_json([[escape_path(path.relative_to(root).as_posix()), known[path]] for path in paths])
+    return digest_json(
+        [[escape_path(name), known[path]] for name, path in zip(_names(root, paths), paths, strict=True)]
+    )
+
+
+def _names(root: Path, paths: list[Path]) -> list[str]:
+    """Return the paths below `root` as texts, with slashes."""
+    prefix = len(os.path.join(root, ""))  # `relative_to` takes longer than hashing
+    return [str(path)[prefix:].replace(os.sep, "/") for path in paths]
 
 
 def _first_size(path: Path) -> tuple[int, int]:
