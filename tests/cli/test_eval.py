@@ -101,3 +101,51 @@ def test_a_published_protocol_is_set_beside_papers(capsys):
     assert "of 50,000 samples each (this result: 50,000)" in shown
     lines = [line for line in shown.splitlines() if line.startswith(("VAR", "this result", "real images"))]
     assert lines[-3].startswith("VAR") and any("mine.npz" in line for line in lines)
+
+
+class TestTokenizer:
+    """`varcli eval --tokenizer`."""
+
+    @pytest.fixture
+    def tokenizer(self, tiny_tokenizer, tmp_path):
+        from varcli.tokenizer.store import save_tokenizer
+
+        save_tokenizer(tmp_path / "tokenizer", tiny_tokenizer)
+        return tmp_path / "tokenizer"
+
+    def test_the_table_is_followed_by_one_row_a_scale(self, paths, tokenizer):
+        result = run(paths[1], "--tokenizer", tokenizer, "--n", 5)
+        assert result.exit_code == 0
+        lines = result.stdout.splitlines()
+        assert [line.split()[0] for line in lines[2:10]] == [
+            *("rfd_lite0", "rkid_lite0", "psnr", "psnr_of_mean_error", "ssim", "lite0_distance"),
+            *("codebook_used", "perplexity"),
+        ]
+        assert [line.split()[:4] for line in lines[13:16]] == [[str(s), "x", str(s), str(s * s)] for s in (1, 2, 4)]
+        assert "val images, 5 of 8 drawn with seed 0; 5 images, 32 x 32" in result.stdout
+        assert "reference: the same 5 crops" in result.stdout
+        assert "skipped lpips: its weights were not given" in result.stderr
+
+    def test_json_has_each_number_and_each_scale(self, paths, tokenizer):
+        result = run(paths[1], "--tokenizer", tokenizer, "--split", "train", "--json")
+        value = json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert {"rfd_lite0", "psnr", "ssim", "perplexity"} <= set(value)
+        assert value["images"]["count"] == 8 and len(value["scales"]) == 3
+        assert value["measured_against"] == "the same 8 crops"
+
+    @pytest.mark.parametrize("extra", [("--ref", "x"), ("--html", "x.html"), ("--no-floor",), ("--metrics", "fid")])
+    def test_options_of_the_other_kind_are_wrong_usage(self, paths, tokenizer, extra):
+        result = run(paths[1], "--tokenizer", tokenizer, *extra)
+        assert result.exit_code == 2
+        assert extra[0] in result.stderr and "makes no sense with" in result.stderr
+
+    @pytest.mark.parametrize("extra", [("--n", "4"), ("--split", "val"), ("--lpips-weights", "x")])
+    def test_options_for_tokenizers_need_one(self, paths, extra):
+        result = run(paths[0], "--ref", paths[1], *extra)
+        assert result.exit_code == 2
+        assert extra[0] in result.stderr and "needs --tokenizer" in result.stderr
+
+    def test_a_tokenizer_that_is_not_there_is_one_error(self, paths, tmp_path):
+        result = run(paths[1], "--tokenizer", tmp_path / "none")
+        assert result.exit_code == 1
+        assert "unknown tokenizer" in result.stderr and "Traceback" not in result.output

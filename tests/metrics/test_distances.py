@@ -9,6 +9,7 @@ import torch
 from varcli.errors import ConfigError, ShapeError
 from varcli.metrics import density_coverage, kernel_distance, precision_recall
 from varcli.metrics.distances import nearest_radii, squared_distances
+from varcli.metrics.kid import paired_kernel_distance
 
 RANDOM = np.random.default_rng(0)
 FIRST, SECOND = RANDOM.normal(size=(30, 5)), RANDOM.normal(0.5, 1, size=(41, 5))
@@ -81,6 +82,26 @@ def test_kernel_distance_is_the_mean_over_distinct_pairs():
     direct = off_diagonal(FIRST) + off_diagonal(SECOND) - 2 * kernel(FIRST, SECOND).mean()
     assert kernel_distance(FIRST, SECOND) == pytest.approx(direct, rel=1e-10)
     assert kernel_distance(torch.from_numpy(FIRST), SECOND) == pytest.approx(direct, rel=1e-10)
+
+
+def test_paired_kernel_distance_leaves_out_each_row_with_its_partner():
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    other = FIRST + np.random.default_rng(1).normal(size=FIRST.shape)
+    apart = ~np.eye(len(FIRST), dtype=bool)
+    direct = sum(
+        weight * kernel(a, b)[apart].mean()
+        for a, b, weight in ((FIRST, FIRST, 1), (other, other, 1), (FIRST, other, -2))
+    )
+    assert paired_kernel_distance(FIRST, other) == pytest.approx(direct, rel=1e-9)
+
+
+def test_paired_kernel_distance_of_a_set_with_itself_is_zero_where_the_other_is_below():
+    assert paired_kernel_distance(FIRST, FIRST) == pytest.approx(0, abs=1e-9)
+    assert kernel_distance(FIRST, FIRST) < -1e-3
+    with pytest.raises(ShapeError, match="pairs need as many"):
+        paired_kernel_distance(FIRST, FIRST[1:])
 
 
 def test_kernel_distance_of_equal_distributions_is_zero_on_average():

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
 from varcli.cli import console
+from varcli.cli.formats import images, number
 from varcli.cli.options import (
     AllowUnknownWeightsOption,
     BatchSizeOption,
@@ -20,6 +21,7 @@ from varcli.cli.options import (
     KeepOption,
     WorkersOption,
 )
+from varcli.cli.reconstruction import evaluate_tokenizer
 from varcli.errors import ConfigError
 from varcli.progress import ignore
 
@@ -27,7 +29,12 @@ _NEIGHBOURS = 12  # samples in a report beside the real images nearest to them
 
 
 def evaluate(
-    samples: Annotated[Path, Argument(help="Folder of images, e.g. from `varcli sample`, or an npz file.")],
+    samples: Annotated[
+        Path,
+        Argument(
+            help="Folder of images, e.g. from `varcli sample`, or an npz file; with --tokenizer, the images it is to keep."
+        ),
+    ],
     ref: Annotated[
         str | None,
         Option(
@@ -43,6 +50,29 @@ def evaluate(
             "--metrics",
             help="Comma-separated: fid, sfid, inception_score, precision, recall, kid, density, coverage; default: the "
             "usual ones for the features.",
+            show_default=False,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        Option(
+            "--tokenizer",
+            help="Measure a tokenizer's reconstructions of the images instead: its folder or name, a model or a run.",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        Option("--split", help="With --tokenizer: train or val; default: val if there is one.", show_default=False),
+    ] = None,
+    count: Annotated[
+        int | None, Option("--n", min=2, help="With --tokenizer: images, default: all.", show_default=False)
+    ] = None,
+    lpips_weights: Annotated[
+        Path | None,
+        Option(
+            "--lpips-weights",
+            help="With --tokenizer: the state_dict of the lpips package's LPIPS(net='vgg'), as .pth or safetensors.",
             show_default=False,
         ),
     ] = None,
@@ -62,8 +92,31 @@ def evaluate(
 ) -> None:
     """Measure samples against real images: FID, Inception Score, precision, recall and others.
 
+    With --tokenizer: what a tokenizer changes in images: rFID, PSNR, SSIM, LPIPS, and how it uses its codebook.
+
     With several GPUs: torchrun --nproc-per-node 8 -m varcli eval SAMPLES.
     """
+    if tokenizer is not None:
+        # the reference is always the same crops, every number is computed, and nothing is kept
+        others = {"--ref": ref, "--metrics": metrics, "--html": html, "--cache": cache}
+        others |= {"--no-floor": not floor, "--no-keep": not keep}
+        _refuse(others, "makes no sense with --tokenizer, which measures against the very images that it reconstructs")
+        evaluate_tokenizer(
+            tokenizer,
+            samples,
+            as_json=json,
+            split=split,
+            count=count,
+            features=features,
+            inception_weights=inception_weights,
+            allow_unknown_weights=allow_unknown_weights,
+            lpips_weights=lpips_weights,
+            device=device,
+            batch_size=batch_size,
+            workers=workers,
+        )
+        return
+    _refuse({"--split": split, "--n": count, "--lpips-weights": lpips_weights}, "needs --tokenizer")
     from varcli.distributed import join_world
     from varcli.metrics.evaluate import EvalConfig, fill_cache
     from varcli.metrics.evaluate import evaluate as run
@@ -105,6 +158,13 @@ def evaluate(
     show(result)
 
 
+def _refuse(given: dict[str, Any], reason: str) -> None:
+    """Stop with a usage error at the first option that was given and has no place here."""
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise BadParameter(reason, param_hint=name)
+
+
 def show(result: Any) -> None:
     """Print an EvalResult for people: the numbers with the floor beside them, then what they stand for."""
     from varcli.metrics.compute import larger_is_better
@@ -113,15 +173,15 @@ def show(result: Any) -> None:
     rows = []
     for name, value in result.metrics.items():
         better = "higher" if larger_is_better(name, network) else "lower"
-        row = (name, _number(value), _number(result.floor.get(name)), better)
+        row = (name, number(value), number(result.floor.get(name)), better)
         rows.append(row if result.floor else (row[0], row[1], row[3]))
     console.table(
         ("metric", "samples", "real images", "better") if result.floor else ("metric", "samples", "better"), rows
     )
     console.result("")
-    console.result(f"samples:     {_images(result.samples)}")
+    console.result(f"samples:     {images(result.samples)}")
     if result.reference is not None:
-        console.result(f"reference:   {_images(result.reference)}")
+        console.result(f"reference:   {images(result.reference)}")
     if result.floor:
         console.result(f"real images: {result.floor_images}")
     console.result(f"features:    {network}, weights {result.features['weights_sha256'][:12]}")
@@ -153,20 +213,3 @@ def _show_published(result: Any) -> None:
         ("", "model", "FID", "IS"),
         [(kind, model, f"{fid:.2f}", "-" if score is None else f"{score:.1f}") for kind, model, fid, score in rows],
     )
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
-
-
-def _images(described: dict[str, Any]) -> str:
-    parts = [str(described["path"])]
-    if "count" in described:
-        parts.append(f"{described['count']:,} images, {described['width']} x {described['height']}")
-        if described["preparation"] != "as they are":
-            parts.append(str(described["preparation"]))
-    if "statistics" in described:
-        parts.append("stored statistics")
-    return "; ".join(parts)

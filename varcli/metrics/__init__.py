@@ -9,6 +9,7 @@ from varcli.metrics.fid import frechet_distance, frechet_from_stats
 from varcli.metrics.inception_score import inception_score
 from varcli.metrics.kid import kernel_distance
 from varcli.metrics.precision_recall import precision_recall
+from varcli.metrics.reconstruct import ReconstructionConfig, ReconstructionResult, evaluate_reconstruction
 
 __all__ = [
     "EXTRACTORS",
@@ -17,9 +18,12 @@ __all__ = [
     "EvalResult",
     "FeatureSet",
     "Metric",
+    "ReconstructionConfig",
+    "ReconstructionResult",
     "compute_metrics",
     "density_coverage",
     "evaluate",
+    "evaluate_reconstruction",
     "frechet_distance",
     "frechet_from_stats",
     "inception_score",

@@ -111,7 +111,7 @@ def _reconstructions_against_statistics(found: Findings) -> Iterator[str]:
     yield (
         "by their name these samples are reconstructions, but the reference is statistics of a whole data set: rFID is "
         "measured against the images that were reconstructed, in the same crops (users report 0.92 so and 2.70 against "
-        "training statistics for one tokenizer); pass those images with --ref"
+        "training statistics for one tokenizer); pass those images with --ref, or `varcli eval --tokenizer T IMAGES`"
     )
 
 

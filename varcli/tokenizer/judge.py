@@ -10,6 +10,14 @@ from varcli.tokenizer.losses import PerceptualLoss
 from varcli.tokenizer.vqvae import VQVAE
 
 
+def peak_signal_to_noise(squared_errors: Tensor, peak: float) -> Tensor:
+    """Return 10 log10(peak^2 / e) in dB for mean squared errors of any shape; infinite where they are 0.
+
+    peak: largest difference that two pixels can have, 255 for 8 bits and 2 in [-1, 1].
+    """
+    return 10 * torch.log10(peak**2 / squared_errors)
+
+
 @torch.no_grad()
 def evaluate_tokenizer(
     tokenizer: VQVAE, images_u8: Tensor, perceptual: PerceptualLoss | None, batch_size: int = 128
@@ -25,7 +33,7 @@ def evaluate_tokenizer(
         counts += count_codes(codes, config.scales, config.vocab_size)
         reconstructions = tokenizer.decode(tokenizer.quantizer.embed(codes))
         errors = (reconstructions - images).square().mean(dim=(1, 2, 3))
-        psnr_sum += float((10 * torch.log10(4 / errors.clamp(min=1e-10))).sum())
+        psnr_sum += float(peak_signal_to_noise(errors.clamp(min=1e-10), peak=2).sum())
         squared += float(errors.sum())
         absolute += float((reconstructions - images).abs().mean(dim=(1, 2, 3)).sum())
         if perceptual is not None:
