@@ -137,3 +137,12 @@ def test_dropped_scales_leave_at_least_the_coarsest():
     assert set(kept.tolist()) == {1, 2, 3}
     assert (kept == 3).float().mean() == pytest.approx(0.5, abs=0.06)
     assert (draw_kept_scales(50, config(scale_dropout=0.0), torch.Generator(), CPU) == 3).all()
+
+
+def test_with_nothing_held_out_images_of_training_are_measured(tiny_images, tmp_path):
+    told = []
+    settings = config(steps=2, validate_every=2)
+    result = train_tokenizer(tiny_images / "train", tmp_path / "run", settings, device="cpu", on_step=told.append)
+    assert result.validation["images"] == 15
+    assert 0 < result.validation["codebook_used"] <= 1
+    assert any("validation measures images of training" in (step.message or "") for step in told)

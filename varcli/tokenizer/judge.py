@@ -31,7 +31,7 @@ def evaluate_tokenizer(
         if perceptual is not None:
             distance += float(perceptual(images, reconstructions)) * len(chunk)
     count = len(images_u8)
-    report = {"psnr": psnr_sum / count, "mse": squared / count, "l1": absolute / count}
+    report = {"psnr": psnr_sum / count, "mse": squared / count, "l1": absolute / count, "images": count}
     if perceptual is not None:
         report["perceptual"] = distance / count
     return {**report, **codebook_report(counts)}

@@ -70,6 +70,10 @@ class Trainer:
         """Measure on held-out data; "loss" decides which weights are best. Nothing if there is none to measure on."""
         return {}
 
+    def find_faults(self, step: int, validation: Mapping[str, Any]) -> Mapping[str, str]:
+        """Say what a validation after `step` steps shows to be wrong: warnings by what they are about, each told once a run."""
+        return {}
+
     def publish(self, folder: Path, info: Mapping[str, Any]) -> None:
         """Write the weights that later commands read, whole or not at all, to `folder`."""
 
@@ -269,6 +273,9 @@ class _Loop:
                 self._publish()
         shown = ", ".join(f"{name} {values[name]:.4g}" for name in self.trainer.shown if name in values)
         self._report(f"validation after step {done:,}: {shown}{' (best so far)' if is_best else ''}")
+        for about, text in self.trainer.find_faults(done, values).items():
+            if self.log.write_warning(done, about, text):
+                self._report(f"warning: {text}")
 
     def _draw(self) -> None:
         try:

@@ -31,6 +31,7 @@ from varcli.training.optim import Updater, build_adamw
 from varcli.training.run import keep_stored, open_run
 from varcli.training.schedules import Schedule
 from varcli.training.state import Parts
+from varcli.training.tokenizer_health import collapse_warnings
 from varcli.training.tokenizer_objective import (
     TokenizerObjective,
     TokenizerTrainConfig,
@@ -42,6 +43,7 @@ from varcli.training.tokenizer_objective import (
 _USAGE_DECAY = 0.99  # of the running counts that say which codes are dead
 _DEAD_SHARE = 0.02  # of a code's fair share of the picks, below which it is dead
 _STRIP_IMAGES = 16  # held-out images in the pictures of a run
+_MEASURED_IMAGES = 1024  # of the training images, that validation takes where none are held out
 _MAX_BYTES = 8 * 2**30  # decoded images are kept in memory up to this size
 
 
@@ -58,15 +60,16 @@ class TokenizerTrainResult:
 class TokenizerTrainer(Trainer):
     """Reconstruction, quantizer and a late discriminator, plugged into the shared loop.
 
-    images, held_out: uint8 (N, 3, H, W) on `device`; held_out may be empty.
+    images, held_out: uint8 (N, 3, H, W) on `device`; if held_out is empty, validation takes images of training.
     """
 
     published = KIND
-    shown = ("loss", "psnr", "codes_restarted")
+    shown = ("loss", "psnr", "codebook_used", "codes_restarted")
 
     def __init__(self, config: TokenizerTrainConfig, images: Tensor, held_out: Tensor, device: torch.device) -> None:
         torch.manual_seed(config.seed)
         self.config, self.images, self.held_out, self.device = config, images, held_out, device
+        self.measured = held_out if len(held_out) else _spread(images, _MEASURED_IMAGES)
         self.batch_size = config.batch_size
         self.order = ShuffledOrder(len(images), config.seed)
         self.generator = torch.Generator(device).manual_seed(config.seed)
@@ -145,22 +148,23 @@ class TokenizerTrainer(Trainer):
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, Any]:
-        """Reconstruction and codebook health of the averaged weights on held-out images."""
-        if not len(self.held_out):
-            return {}
+        """Reconstruction and codebook health of the averaged weights, on held-out images if there are any."""
         self.model.eval()
         with self.average.swapped():
-            report = evaluate_tokenizer(self.model, self.held_out, self.objective.perceptual)
+            report = evaluate_tokenizer(self.model, self.measured, self.objective.perceptual)
         self.model.train()
         return {"loss": report["l1"] + report["mse"] + report.get("perceptual", 0.0), **report}
+
+    def find_faults(self, step: int, validation: Mapping[str, Any]) -> Mapping[str, str]:
+        """Collapsed scales and a codebook that dies, with settings to change; see `collapse_warnings`."""
+        return collapse_warnings(self.config, step, validation)
 
     @torch.no_grad()
     def draw(self, step: int) -> Image.Image | None:
         """Held-out images on top, then their decode after 1, 2, ... K scales."""
-        source = self.held_out if len(self.held_out) else self.images
         self.model.eval()
         with self.average.swapped():
-            strip = scale_strip(self.model, source[:: max(1, len(source) // _STRIP_IMAGES)][:_STRIP_IMAGES])
+            strip = scale_strip(self.model, _spread(self.measured, _STRIP_IMAGES))
         self.model.train()
         return make_grid(strip.flatten(0, 1).cpu(), columns=strip.shape[1])
 
@@ -217,7 +221,7 @@ def train_tokenizer(
         loop = LoopConfig(
             steps=config.steps,
             log_every=config.log_every,
-            validate_every=config.validate_every if len(held_out) else 0,
+            validate_every=config.validate_every,
             sample_every=config.validate_every,
             save_every=config.save_every,
         )
@@ -235,7 +239,13 @@ def _describe_plan(trainer: TokenizerTrainer) -> str:
         f"a tokenizer for {tokenizer.image_size} px: {parameters:,} parameters, {tokenizer.scales.seq_len:,} tokens an image "
         f"of {tokenizer.vocab_size:,} codes; {config.steps:,} steps of {config.batch_size:,} of "
         f"{len(trainer.images):,} images, {len(trainer.held_out):,} held out"
+        f"{'' if len(trainer.held_out) else ', so that validation measures images of training'}"
     )
+
+
+def _spread(images: Tensor, count: int) -> Tensor:
+    """Take up to `count` images, evenly spread over all."""
+    return images[:: max(1, len(images) // count)][:count]
 
 
 def read_pixels(tree: ImageTree, split: str, size: int, on_step: OnStep = ignore) -> Tensor:

@@ -30,7 +30,7 @@ class TokenizerTrainConfig:
     perceptual_weight: float = 0.5  # of the distance in a fixed network's features
     adversarial_weight: float = 0.1  # share of the content gradient's size given to the discriminator; 0 turns it off
     adversarial_start: float = (
-        0.5  # share of the steps done before the discriminator is heard; it learns from half that on
+        0.5  # share of the steps before the discriminator is heard; it learns from 0.8 of that on
     )
     discriminator_learning_rate: float = 2e-4  # constant
     lecam_weight: float = 1e-3  # of the penalty that steadies the discriminator
