@@ -26,7 +26,7 @@ from varcli.tokenizer.health import count_codes, restart_dead_codes
 from varcli.tokenizer.judge import evaluate_tokenizer, scale_strip
 from varcli.tokenizer.store import KIND, save_tokenizer
 from varcli.training.ema import Ema
-from varcli.training.loop import LoopConfig, Trainer, run_training
+from varcli.training.loop import LoopConfig, OnValidation, Trainer, run_training
 from varcli.training.optim import Updater, build_adamw
 from varcli.training.run import keep_stored, open_run
 from varcli.training.schedules import Schedule
@@ -183,12 +183,14 @@ def train_tokenizer(
     resume: str = "auto",
     given: Collection[str] | None = None,
     on_step: OnStep = ignore,
+    on_validation: OnValidation | None = None,
 ) -> TokenizerTrainResult:
     """Train a tokenizer on a folder of images, into a run folder; go on with a run begun there.
 
     images: an image tree; a "val" split, if there is one, is held out and measured on. The tokenizer is written to
     `out/tokenizer` with each checkpoint. given: names of settings that a resumed run must have been begun with, None means
-    those that are not at their defaults; it keeps the others.
+    those that are not at their defaults; it keeps the others. on_validation: called with the run folder after each
+    validation, e.g. to draw what its log holds.
     Raises DataError for images that cannot be used or fewer than a batch, ConfigError for settings that differ from the
     run's, and what `run_training` raises.
     """
@@ -225,7 +227,8 @@ def train_tokenizer(
             sample_every=config.validate_every,
             save_every=config.save_every,
         )
-        result = run_training(trainer, run, loop, on_step, {"images": len(pixels), "classes": list(tree.classes)})
+        info = {"images": len(pixels), "classes": list(tree.classes)}
+        result = run_training(trainer, run, loop, on_step, info, on_validation)
     return TokenizerTrainResult(
         folder=Path(out), step=result.step, seconds=result.seconds, validation=result.validation
     )

@@ -137,7 +137,8 @@ class TokenizerObjective(nn.Module):
             real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).float().chunk(2)
         loss = discriminator_loss(real_logits, fake_logits)
         (loss + self.config.lecam_weight * self.lecam(real_logits, fake_logits)).backward()
-        return {"discriminator_loss": loss.detach()}
+        logits = {"real_logit": real_logits.detach().mean(), "fake_logit": fake_logits.detach().mean()}
+        return {"discriminator_loss": loss.detach(), **logits}
 
 
 def adversarial_share(step: int, config: TokenizerTrainConfig) -> float:
