@@ -19,7 +19,7 @@ CURVES_NAME = "curves.png"
 
 _FINER = 2  # drawn so many times larger, then shrunk, which smooths lines
 _WIDTH, _HEIGHT, _COLUMNS = 600, 320, 2  # of a panel in pixels
-_LEFT, _TOP, _RIGHT, _BOTTOM = 58, 34, 170, 30  # around the curves, the names of which stand on the right
+_LEFT, _TOP, _RIGHT, _BOTTOM = 58, 46, 180, 30  # around the curves, the names of which stand on the right
 _COLOURS = ("#3b77bc", "#d2452d", "#4d9e4a", "#8e5bb5", "#c98a12")
 _COARSE, _FINE = (38, 60, 150), (236, 150, 30)  # ends of the colours of scales
 _INK, _FAINT, _MARK = "#222222", "#d8d8d8", "#888888"
@@ -111,8 +111,7 @@ def discriminator_start(records: Iterable[Mapping[str, Any]]) -> int | None:
 def _curves(panel: Panel, records: Sequence[Mapping[str, Any]]) -> list[_Curve]:
     curves = [_Curve(name.replace("_", " "), None, _points(records, "train", name)) for name in panel.train]
     curves += [
-        _Curve(f"validation {name}".replace("_", " "), None, _points(records, "validation", name), True)
-        for name in panel.validation
+        _Curve(_shown(panel, name), None, _points(records, "validation", name), True) for name in panel.validation
     ]
     for number, curve in enumerate(curves):
         curve.colour = _COLOURS[number % len(_COLOURS)]
@@ -122,6 +121,10 @@ def _curves(panel: Panel, records: Sequence[Mapping[str, Any]]) -> list[_Curve]:
         for curve in curves:
             curve.points = [(step, value) for step, value in curve.points if value > 0]
     return [curve for curve in curves if curve.points]
+
+
+def _shown(panel: Panel, name: str) -> str:
+    return "all scales" if name == panel.by_scale else f"validation {name}".replace("_", " ")
 
 
 def _scale_curves(name: str, records: Sequence[Mapping[str, Any]]) -> list[_Curve]:
