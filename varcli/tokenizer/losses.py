@@ -47,6 +47,19 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.mean()
 
 
+def r1_penalty(discriminator: nn.Module, images: Tensor) -> Tensor:
+    """Squared length of the logits' gradient at real images (R1, arXiv:1801.04406, Eq. 9, without its factor gamma / 2).
+
+    images: (B, 3, H, W). Every patch's logit counts as a discriminator of its own: the mean over images, divided by the
+    patches. In float32; differentiable with respect to the discriminator's weights.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        leaf = images.detach().float().requires_grad_()
+        logits = discriminator(leaf)
+        (gradient,) = torch.autograd.grad(logits.sum(), leaf, create_graph=True)
+        return gradient.square().sum() / logits.numel()
+
+
 class LeCamPenalty(nn.Module):
     """Keeps a discriminator near its own running averages, which steadies it on small sets (arXiv:2104.03310)."""
 

@@ -121,7 +121,7 @@ class TokenizerTrainer(Trainer):
         numbers = {"loss": loss, **numbers, **self.updater.finish(loss)}
         if self.judge is not None and step >= 0.8 * config.adversarial_start * config.steps:
             self.judge.begin(step)
-            numbers |= self.objective.backward_discriminator(images, reconstructions, self.generator)
+            numbers |= self.objective.backward_discriminator(step, images, reconstructions, self.generator)
             self.judge.finish(numbers["discriminator_loss"])
         numbers["codes_restarted"] = float(self._keep_codes_alive(step, images, codes))
         return numbers

@@ -11,8 +11,21 @@ from torch import Tensor, nn
 from varcli.devices import autocast
 from varcli.errors import ConfigError, unknown_name
 from varcli.tokenizer import VQVAE, TokenizerConfig
-from varcli.tokenizer.discriminator import PatchDiscriminator, augment_pair
-from varcli.tokenizer.losses import LeCamPenalty, PerceptualLoss, discriminator_loss, generator_loss, pixel_loss
+from varcli.tokenizer.augment import AUGMENTATIONS, augment_pair
+from varcli.tokenizer.discriminator import PatchDiscriminator
+from varcli.tokenizer.losses import (
+    LeCamPenalty,
+    PerceptualLoss,
+    discriminator_loss,
+    generator_loss,
+    pixel_loss,
+    r1_penalty,
+)
+
+REGULARIZERS = ("lecam", "r1", "none")
+_R1_EVERY = (
+    16  # steps of the discriminator between R1 penalties, each of which counts for all (arXiv:1912.04958, Sec. 3.1)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +46,10 @@ class TokenizerTrainConfig:
         0.5  # share of the steps before the discriminator is heard; it learns from 0.8 of that on
     )
     discriminator_learning_rate: float = 2e-4  # constant
-    lecam_weight: float = 1e-3  # of the penalty that steadies the discriminator
+    discriminator_augment: tuple[str, ...] = tuple(AUGMENTATIONS)  # changes to what it sees, so that it learns no image
+    regularizer: str = "lecam"  # what steadies the discriminator: lecam, r1 or none
+    lecam_weight: float = 1e-3  # of the distance from its running averages
+    r1_weight: float = 1.0  # gamma, of its gradient at real images
     scale_dropout: float = 0.1  # share of images that keep only some of their coarse scales
     restart_every: int = 100  # steps between restarts of codes nobody picks; 0 turns them off
     restart_until: float = 0.7  # share of the steps after which codes are left alone
@@ -54,7 +70,13 @@ class TokenizerTrainConfig:
             raise ConfigError("learning_rate must be above 0, ema_decay in [0, 1) and shift 0 or more")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise unknown_name("precision", self.precision, ["auto", "fp32", "bf16"])
-        weights = (self.quantizer_weight, self.perceptual_weight, self.adversarial_weight, self.lecam_weight)
+        if self.regularizer not in REGULARIZERS:
+            raise unknown_name("regularizer", self.regularizer, REGULARIZERS)
+        for name in self.discriminator_augment:
+            if name not in AUGMENTATIONS:
+                raise unknown_name("augmentation", name, AUGMENTATIONS)
+        weights = (self.quantizer_weight, self.perceptual_weight, self.adversarial_weight)
+        weights += (self.lecam_weight, self.r1_weight)
         if not all(0 <= weight < math.inf for weight in weights):
             raise ConfigError("the weights of the losses must be 0 or more")
         if not 0 <= self.seed < 2**63:
@@ -106,7 +128,8 @@ class TokenizerObjective(nn.Module):
         (gradient,) = torch.autograd.grad(content, leaf)
         if adversarial_share > 0:
             with autocast(self.device, self.dtype):
-                adversarial = generator_loss(self.discriminator(augment_pair(images, leaf, generator)[1]))
+                _, seen = augment_pair(images, leaf, self.config.discriminator_augment, generator)
+                adversarial = generator_loss(self.discriminator(seen))
             (push,) = torch.autograd.grad(adversarial, leaf)
             gradient = gradient + push * (adversarial_share * gradient.norm() / (push.norm() + 1e-8))
             numbers["adversarial_loss"] = adversarial.detach()
@@ -129,16 +152,23 @@ class TokenizerObjective(nn.Module):
         return self._run(images, num_kept_B)
 
     def backward_discriminator(
-        self, images: Tensor, reconstructions: Tensor, generator: torch.Generator
+        self, step: int, images: Tensor, reconstructions: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Add one batch's gradients to the discriminator's parameters; return numbers for the log."""
-        real, fake = augment_pair(images, reconstructions, generator)
+        """Add one batch's gradients of step `step` to the discriminator's parameters; return numbers for the log."""
+        real, fake = augment_pair(images, reconstructions, self.config.discriminator_augment, generator)
         with autocast(self.device, self.dtype):
             real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).float().chunk(2)
         loss = discriminator_loss(real_logits, fake_logits)
-        (loss + self.config.lecam_weight * self.lecam(real_logits, fake_logits)).backward()
-        logits = {"real_logit": real_logits.detach().mean(), "fake_logit": fake_logits.detach().mean()}
-        return {"discriminator_loss": loss.detach(), **logits}
+        numbers = {"discriminator_loss": loss.detach()}
+        numbers |= {"real_logit": real_logits.detach().mean(), "fake_logit": fake_logits.detach().mean()}
+        if self.config.regularizer == "lecam":
+            loss = loss + self.config.lecam_weight * self.lecam(real_logits, fake_logits)
+        elif self.config.regularizer == "r1" and step % _R1_EVERY == 0:
+            penalty = r1_penalty(self.discriminator, real)
+            loss = loss + 0.5 * self.config.r1_weight * _R1_EVERY * penalty
+            numbers["r1_penalty"] = penalty.detach()
+        loss.backward()
+        return numbers
 
 
 def adversarial_share(step: int, config: TokenizerTrainConfig) -> float:
