@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -146,3 +148,29 @@ def test_with_nothing_held_out_images_of_training_are_measured(tiny_images, tmp_
     assert result.validation["images"] == 15
     assert 0 < result.validation["codebook_used"] <= 1
     assert any("validation measures images of training" in (step.message or "") for step in told)
+
+
+def test_a_codebook_of_the_data_begins_near_the_features_and_resumes_exactly(tiny_images, tmp_path):
+    settings = config(codebook_init="data", steps=6, save_every=3, restart_every=0)
+    train_tokenizer(tiny_images, tmp_path / "data", settings, device="cpu")
+    train_tokenizer(tiny_images, tmp_path / "random", config(steps=6, restart_every=0), device="cpu")
+    of_data, random = (read_json_lines(tmp_path / name / "metrics.jsonl")[0] for name in ("data", "random"))
+    assert of_data["quantizer_loss"] < random["quantizer_loss"]
+
+    def stop(step: Step) -> None:
+        if step.unit == "steps" and step.done >= 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_tokenizer(tiny_images, tmp_path / "cut", settings, device="cpu", on_step=stop)
+    train_tokenizer(tiny_images, tmp_path / "cut", settings, device="cpu")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "data")
+
+
+@pytest.mark.parametrize("init", ["random", "data"])
+def test_cosine_codes_can_be_trained(tiny_images, tmp_path, init):
+    settings = config(steps=4, validate_every=4, codebook_init=init)
+    tokenizer = replace(settings.tokenizer, cosine_codes=True)
+    result = train_tokenizer(tiny_images, tmp_path / "run", replace(settings, tokenizer=tokenizer), device="cpu")
+    assert result.validation["psnr"] > 0
+    assert load_tokenizer(tmp_path / "run" / "tokenizer").quantizer.cosine_codes

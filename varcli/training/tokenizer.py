@@ -23,6 +23,7 @@ from varcli.errors import DataError
 from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer import TokenizerConfig
 from varcli.tokenizer.health import count_codes, restart_dead_codes
+from varcli.tokenizer.initialize import init_codebook
 from varcli.tokenizer.judge import evaluate_tokenizer, scale_strip
 from varcli.tokenizer.store import KIND, save_tokenizer
 from varcli.training.ema import Ema
@@ -43,6 +44,7 @@ from varcli.training.tokenizer_objective import (
 _USAGE_DECAY = 0.99  # of the running counts that say which codes are dead
 _DEAD_SHARE = 0.02  # of a code's fair share of the picks, below which it is dead
 _STRIP_IMAGES = 16  # held-out images in the pictures of a run
+_INIT_IMAGES = 512  # whose features a codebook begins with
 _MEASURED_IMAGES = 1024  # of the training images, that validation takes where none are held out
 _MAX_BYTES = 8 * 2**30  # decoded images are kept in memory up to this size
 
@@ -111,6 +113,8 @@ class TokenizerTrainer(Trainer):
     def train_step(self, step: int) -> Mapping[str, Tensor | float]:
         """One step of the tokenizer and, once it learns, one of the discriminator; see `Trainer.train_step`."""
         config = self.config
+        if step == 0 and config.codebook_init == "data":
+            self._init_codebook()
         picks = torch.as_tensor(self.order.indices(step * config.batch_size, config.batch_size), device=self.device)
         images = augment(self.images[picks], config, self.generator)
         kept = draw_kept_scales(len(images), config, self.generator, self.device)
@@ -125,6 +129,14 @@ class TokenizerTrainer(Trainer):
             self.judge.finish(numbers["discriminator_loss"])
         numbers["codes_restarted"] = float(self._keep_codes_alive(step, images, codes))
         return numbers
+
+    @torch.no_grad()
+    def _init_codebook(self) -> None:
+        """Put the codebook where the features of some images are, before the first step."""
+        images = _spread(self.images, max(_INIT_IMAGES, self.batch_size))
+        chunks = [self.model.features(chunk.float() / 127.5 - 1) for chunk in images.split(self.batch_size)]
+        init_codebook(self.model.quantizer, torch.cat(chunks), self.generator)
+        self.average.shadow["quantizer.codebook.weight"].copy_(self.model.quantizer.codebook.weight)
 
     @torch.no_grad()
     def _keep_codes_alive(self, step: int, images: Tensor, codes_BL: Tensor) -> int:

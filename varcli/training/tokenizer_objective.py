@@ -22,6 +22,7 @@ from varcli.tokenizer.losses import (
     r1_penalty,
 )
 
+CODEBOOK_INITS = ("random", "data")
 REGULARIZERS = ("lecam", "r1", "none")
 _R1_EVERY = (
     16  # steps of the discriminator between R1 penalties, each of which counts for all (arXiv:1912.04958, Sec. 3.1)
@@ -39,6 +40,7 @@ class TokenizerTrainConfig:
     warmup_steps: int = 200  # optimizer steps of linear rise
     final_learning_rate: float = 0.02  # share of the peak left at the end of the cosine
     grad_clip: float | None = 1.0  # max global gradient norm; None turns clipping off
+    codebook_init: str = "random"  # random, or data: the centres of the first images' features
     quantizer_weight: float = 1.0  # of the codebook and commitment loss
     perceptual_weight: float = 0.5  # of the distance in a fixed network's features
     adversarial_weight: float = 0.1  # share of the content gradient's size given to the discriminator; 0 turns it off
@@ -70,6 +72,8 @@ class TokenizerTrainConfig:
             raise ConfigError("learning_rate must be above 0, ema_decay in [0, 1) and shift 0 or more")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise unknown_name("precision", self.precision, ["auto", "fp32", "bf16"])
+        if self.codebook_init not in CODEBOOK_INITS:
+            raise unknown_name("codebook init", self.codebook_init, CODEBOOK_INITS)
         if self.regularizer not in REGULARIZERS:
             raise unknown_name("regularizer", self.regularizer, REGULARIZERS)
         for name in self.discriminator_augment:
