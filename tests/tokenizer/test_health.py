@@ -61,3 +61,11 @@ def test_few_images_are_not_taken_for_a_collapse():
     scales = PatchNums((1, 2, 4))
     # 6 pictures pick 6 codes at the 1x1 scale at most, and 126 in all of a codebook of 4,096
     assert find_collapse(report([1.0, 3.0, 60.0], 0.01), scales, 4096, 6) == {}
+
+
+def test_leftovers_that_are_no_numbers_do_not_reach_the_codebook(tiny_tokenizer):
+    quantizer = tiny_tokenizer.quantizer
+    before = quantizer.codebook.weight.detach().clone()
+    features = torch.full((2, 8, 4, 4), float("nan"))
+    restart_dead_codes(quantizer, features, torch.ones(16, dtype=torch.bool), torch.Generator().manual_seed(0))
+    assert torch.equal(quantizer.codebook.weight.detach(), before)

@@ -7,11 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from varcli.artifacts.verify import read_json_lines
-from varcli.errors import ConfigError, DataError
+from varcli.artifacts.verify import (
+    read_checked_tensors,
+    read_json_lines,
+    read_manifest,
+    require_finite,
+    verify_folder,
+)
+from varcli.errors import ConfigError, DataError, NumericError
 from varcli.progress import Step
 from varcli.tokenizer import TokenizerConfig
 from varcli.tokenizer.store import load_tokenizer
+from varcli.training import tokenizer_objective
+from varcli.training.checkpoint import list_checkpoints
 from varcli.training.tokenizer import train_tokenizer
 from varcli.training.tokenizer_objective import (
     TokenizerTrainConfig,
@@ -174,3 +182,32 @@ def test_cosine_codes_can_be_trained(tiny_images, tmp_path, init):
     result = train_tokenizer(tiny_images, tmp_path / "run", replace(settings, tokenizer=tokenizer), device="cpu")
     assert result.validation["psnr"] > 0
     assert load_tokenizer(tmp_path / "run" / "tokenizer").quantizer.cosine_codes
+
+
+@pytest.mark.parametrize("part", ["pixel_loss", "generator_loss", "discriminator_loss"])
+def test_a_loss_that_is_no_number_ends_the_run_with_one_error_and_the_last_checkpoint_is_whole(
+    part, tiny_images, tmp_path, monkeypatch
+):
+    calls, right = [], getattr(tokenizer_objective, part)
+    first_bad = 5 if part == "pixel_loss" else 1  # the others are called from the discriminator's start on
+
+    def spoil(*arguments):
+        calls.append(part)
+        return right(*arguments) * (float("nan") if len(calls) > first_bad else 1.0)
+
+    monkeypatch.setattr(tokenizer_objective, part, spoil)
+    settings = config(steps=12, save_every=4, validate_every=0, adversarial_start=0.3, restart_every=1)
+    with pytest.raises(NumericError) as caught:
+        train_tokenizer(tiny_images, tmp_path / "run", settings, device="cpu")
+    bad = [line for line in read_json_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "event"]
+    steps = [line["step"] for line in bad]
+    assert steps == list(range(steps[0], steps[0] + 3)) and len(bad[0]["rows"]) == 4
+    assert f"at steps {', '.join(map(str, steps))}" in str(caught.value)
+    assert "--lr" in caught.value.hint and "last checkpoint" in caught.value.hint
+    newest = list_checkpoints(tmp_path / "run")[0]
+    manifest = read_manifest(newest, "checkpoint")
+    assert not verify_folder(newest, manifest)
+    for name in manifest.files:
+        if name != "random.safetensors":
+            require_finite(read_checked_tensors(newest, name, manifest), name)
+    assert load_tokenizer(tmp_path / "run" / "tokenizer")  # refuses what is no number

@@ -73,7 +73,8 @@ def restart_dead_codes(
 ) -> Tensor:
     """Move the codes marked in `dead_V` (bool) onto vectors of the current batch; return their indices.
 
-    Each takes a leftover of a scale drawn uniformly, so that coarse scales, which have few vectors, get their share.
+    Each takes a leftover of a scale drawn uniformly, so that coarse scales, which have few vectors, get their share. A
+    code stays where it is if its leftover is no number: a bad batch must not spoil the codebook.
     """
     dead = dead_V.nonzero().squeeze(1)
     leftovers = quantizer.leftovers(f_BZhw)
@@ -81,7 +82,9 @@ def restart_dead_codes(
     for scale, vectors in enumerate(leftovers):
         chosen = dead[scales == scale]
         rows = torch.randint(len(vectors), chosen.shape, generator=generator, device=dead.device)
-        quantizer.codebook.weight[chosen] = vectors[rows]
+        found = vectors[rows]
+        table = quantizer.codebook.weight
+        table[chosen] = torch.where(found.isfinite().all(dim=1, keepdim=True), found, table[chosen])
     return dead
 
 

@@ -59,6 +59,7 @@ class Trainer:
     published: str
     shown: tuple[str, ...] = ("loss", "accuracy")
     memory_hint: str = "use a smaller --batch-size"
+    numeric_hint: str = SkipPolicy.hint  # what to change when the loss is no longer a number
 
     def train_step(self, step: int) -> Mapping[str, Tensor | float]:
         """Do optimizer step `step`, counted from 0, and return numbers for the log.
@@ -183,7 +184,7 @@ class _Loop:
         self.on_validation = on_validation
         self.trainer, self.run_folder, self.config, self.on_step, self.info = trainer, run, config, on_step, info
         self.result = LoopResult(step=run.step)
-        self.policy = SkipPolicy()
+        self.policy = SkipPolicy(hint=trainer.numeric_hint)
         self.parent: str | None = None
         self.saved_step: int | None = None
         self.pending: list[str] = []

@@ -67,6 +67,10 @@ class TokenizerTrainer(Trainer):
 
     published = KIND
     shown = ("loss", "psnr", "codebook_used", "codes_restarted")
+    numeric_hint = (
+        "start anew with a lower learning rate (--lr), --precision fp32, or a lower --set discriminator_learning_rate if "
+        "the discriminator was at work"
+    )
 
     def __init__(self, config: TokenizerTrainConfig, images: Tensor, held_out: Tensor, device: torch.device) -> None:
         torch.manual_seed(config.seed)
@@ -126,7 +130,9 @@ class TokenizerTrainer(Trainer):
         if self.judge is not None and step >= 0.8 * config.adversarial_start * config.steps:
             self.judge.begin(step)
             numbers |= self.objective.backward_discriminator(step, images, reconstructions, self.generator)
-            self.judge.finish(numbers["discriminator_loss"])
+            judged = self.judge.finish(numbers["discriminator_loss"])
+            numbers["discriminator_gradient_norm"] = judged["gradient_norm"]
+            numbers["skipped"] = torch.maximum(numbers["skipped"], judged["skipped"])
         numbers["codes_restarted"] = float(self._keep_codes_alive(step, images, codes))
         return numbers
 
@@ -179,6 +185,11 @@ class TokenizerTrainer(Trainer):
             strip = scale_strip(self.model, _spread(self.measured, _STRIP_IMAGES))
         self.model.train()
         return make_grid(strip.flatten(0, 1).cpu(), columns=strip.shape[1])
+
+    def describe_batch(self, step: int) -> dict[str, Any]:
+        """Places of the images of step `step` in the training split."""
+        rows = self.order.indices(step * self.batch_size, self.batch_size)
+        return {"seed": self.config.seed, "rows": [int(row) for row in rows]}
 
     def publish(self, folder: Path, info: Mapping[str, Any]) -> None:
         """Write the averaged weights as a tokenizer folder."""
