@@ -15,8 +15,10 @@ from varcli.artifacts.verify import (
     verify_folder,
 )
 from varcli.errors import ConfigError, DataError, NumericError
+from varcli.pretrained.lpips import Lpips
 from varcli.progress import Step
 from varcli.tokenizer import TokenizerConfig
+from varcli.tokenizer.losses import PERCEPTUAL
 from varcli.tokenizer.store import load_tokenizer
 from varcli.training import tokenizer_objective
 from varcli.training.checkpoint import list_checkpoints
@@ -211,3 +213,18 @@ def test_a_loss_that_is_no_number_ends_the_run_with_one_error_and_the_last_check
         if name != "random.safetensors":
             require_finite(read_checked_tensors(newest, name, manifest), name)
     assert load_tokenizer(tmp_path / "run" / "tokenizer")  # refuses what is no number
+
+
+def test_lpips_stands_in_for_lite0_and_its_folder_may_move(tiny_images, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setitem(PERCEPTUAL, "lpips", lambda folder: asked.append(folder) or Lpips().requires_grad_(False))
+    settings = config(steps=2, validate_every=2, perceptual="lpips", perceptual_weight=0.5, lpips_weights=tmp_path)
+    result = train_tokenizer(tiny_images, tmp_path / "run", settings, device="cpu")
+    assert result.validation["perceptual"] > 0
+    moved = replace(settings, lpips_weights=tmp_path / "elsewhere")
+    train_tokenizer(tiny_images, tmp_path / "run", moved, device="cpu")
+    assert asked == [tmp_path, tmp_path / "elsewhere"]
+    with pytest.raises(ConfigError, match="perceptual was lpips"):
+        train_tokenizer(
+            tiny_images, tmp_path / "run", replace(moved, perceptual="lite0"), device="cpu", given={"perceptual"}
+        )

@@ -57,6 +57,8 @@ def test_lecam_pulls_only_once_it_has_averages_to_pull_to():
     "changes, named",
     [
         ({"regularizer": "R1"}, "r1"),
+        ({"perceptual": "vgg"}, "lite0, lpips"),
+        ({"codebook_init": "kmeans"}, "data"),
         ({"discriminator_augment": ("color",)}, "colour"),
         ({"r1_weight": -1.0}, "0 or more"),
     ],

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varcli.tokenizer.health import codebook_report, count_codes
-from varcli.tokenizer.losses import PerceptualLoss
 from varcli.tokenizer.vqvae import VQVAE
 
 
 @torch.no_grad()
 def evaluate_tokenizer(
-    tokenizer: VQVAE, images_u8: Tensor, perceptual: PerceptualLoss | None, batch_size: int = 128
+    tokenizer: VQVAE, images_u8: Tensor, perceptual: nn.Module | None, batch_size: int = 128
 ) -> dict[str, float]:
     """Measure reconstructions of uint8 images (N, 3, H, W): PSNR in dB over [0, 255], distances, codebook usage."""
     config = tokenizer.config

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varcli.pretrained.lite0 import load_lite0
+from varcli.pretrained.lpips import load_lpips
 
 
 def pixel_loss(images: Tensor, reconstructions: Tensor) -> Tensor:
@@ -35,6 +39,13 @@ class PerceptualLoss(nn.Module):
             difference = F.normalize(want.float(), dim=1, eps=1e-6) - F.normalize(have.float(), dim=1, eps=1e-6)
             distance = distance + difference.square().sum(dim=1).mean()
         return distance
+
+
+PERCEPTUAL: dict[str, Callable[[Path | None], nn.Module]] = {
+    "lite0": lambda weights: PerceptualLoss(),
+    "lpips": load_lpips,
+}
+"""Every perceptual distance by name, built from a folder of weights where it needs one."""
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

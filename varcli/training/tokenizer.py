@@ -41,6 +41,7 @@ from varcli.training.tokenizer_objective import (
     draw_kept_scales,
 )
 
+_FREE = LoopConfig.FREE - {"steps"} | {"lpips_weights"}  # a known file, wherever it lies
 _USAGE_DECAY = 0.99  # of the running counts that say which codes are dead
 _DEAD_SHARE = 0.02  # of a code's fair share of the picks, below which it is dead
 _STRIP_IMAGES = 16  # held-out images in the pictures of a run
@@ -242,7 +243,7 @@ def train_tokenizer(
             held_out = read_pixels(tree, "val", config.tokenizer.image_size, on_step).to(where)
         trainer = TokenizerTrainer(config, pixels, held_out, where)
         on_step(Step(run.step, config.steps, message=_describe_plan(trainer)))
-        run.settle(KIND, configs.to_dict(config), inputs, LoopConfig.FREE - {"steps"})
+        run.settle(KIND, configs.to_dict(config), inputs, _FREE)
         loop = LoopConfig(
             steps=config.steps,
             log_every=config.log_every,

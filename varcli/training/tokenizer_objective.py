@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from varcli.tokenizer import VQVAE, TokenizerConfig
 from varcli.tokenizer.augment import AUGMENTATIONS, augment_pair
 from varcli.tokenizer.discriminator import PatchDiscriminator
 from varcli.tokenizer.losses import (
+    PERCEPTUAL,
     LeCamPenalty,
-    PerceptualLoss,
     discriminator_loss,
     generator_loss,
     pixel_loss,
@@ -43,6 +44,8 @@ class TokenizerTrainConfig:
     codebook_init: str = "random"  # random, or data: the centres of the first images' features
     quantizer_weight: float = 1.0  # of the codebook and commitment loss
     perceptual_weight: float = 0.5  # of the distance in a fixed network's features
+    perceptual: str = "lite0"  # which network: lite0, which comes with varcli, or lpips
+    lpips_weights: Path | None = None  # folder of the two files of LPIPS; None looks among torch's downloads
     adversarial_weight: float = 0.1  # share of the content gradient's size given to the discriminator; 0 turns it off
     adversarial_start: float = (
         0.5  # share of the steps before the discriminator is heard; it learns from 0.8 of that on
@@ -72,6 +75,8 @@ class TokenizerTrainConfig:
             raise ConfigError("learning_rate must be above 0, ema_decay in [0, 1) and shift 0 or more")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise unknown_name("precision", self.precision, ["auto", "fp32", "bf16"])
+        if self.perceptual not in PERCEPTUAL:
+            raise unknown_name("perceptual loss", self.perceptual, PERCEPTUAL)
         if self.codebook_init not in CODEBOOK_INITS:
             raise unknown_name("codebook init", self.codebook_init, CODEBOOK_INITS)
         if self.regularizer not in REGULARIZERS:
@@ -98,7 +103,7 @@ class TokenizerObjective(nn.Module):
         self.tokenizer = VQVAE(config.tokenizer)
         self.discriminator = PatchDiscriminator() if config.adversarial_weight else None
         self.lecam = LeCamPenalty()
-        self.perceptual = PerceptualLoss() if config.perceptual_weight else None
+        self.perceptual = PERCEPTUAL[config.perceptual](config.lpips_weights) if config.perceptual_weight else None
         self.to(device)
         is_cuda = device.type == "cuda"
         if is_cuda:
