@@ -9,6 +9,7 @@ from torch import nn
 
 from varcli.artifacts.manifest import write_manifest
 from varcli.artifacts.write import atomic_folder, write_tensors
+from varcli.progress import OnStep, ignore
 from varcli.training.ema import Ema
 from varcli.training.loop import LoopConfig, LoopResult, Trainer, run_training
 from varcli.training.optim import Updater, build_adamw
@@ -64,9 +65,16 @@ class ToyTrainer(Trainer):
         return {"samples": [step]}
 
 
-def train_toy(out: Path, steps: int = 20, resume: str = "auto", trainer: Trainer | None = None, **loop) -> LoopResult:
+def train_toy(
+    out: Path,
+    steps: int = 20,
+    resume: str = "auto",
+    trainer: Trainer | None = None,
+    on_step: OnStep = ignore,
+    **loop,
+) -> LoopResult:
     """Train for `steps`, going on from what is in `out`."""
     loop = {"log_every": 1, "validate_every": 7, "save_every": 5, "tensorboard": False, **loop}
     with open_run(out, resume) as run:
         run.settle("toy", {"steps": steps, "width": 3}, {}, free=LoopConfig.FREE)
-        return run_training(trainer or ToyTrainer(20), run, LoopConfig(steps=steps, **loop))
+        return run_training(trainer or ToyTrainer(20), run, LoopConfig(steps=steps, **loop), on_step)

@@ -124,7 +124,7 @@ class TestTokenizer:
         assert [line.split()[:4] for line in lines[13:16]] == [[str(s), "x", str(s), str(s * s)] for s in (1, 2, 4)]
         assert "val images, 5 of 8 drawn with seed 0; 5 images, 32 x 32" in result.stdout
         assert "reference: the same 5 crops" in result.stdout
-        assert "skipped lpips: its weights were not given" in result.stderr
+        assert "skipped lpips: LPIPS needs `vgg16-397923af.pth`" in result.stderr
 
     def test_json_has_each_number_and_each_scale(self, paths, tokenizer):
         result = run(paths[1], "--tokenizer", tokenizer, "--split", "train", "--json")

@@ -18,6 +18,7 @@ from varcli.errors import ArtifactError, ConfigError, DataError, NumericError
 from varcli.metrics import frechet_distance, reconstruct
 from varcli.metrics.features import choose_extractor
 from varcli.metrics.reconstruct import ReconstructionConfig, evaluate_reconstruction
+from varcli.pretrained.lpips import Lpips
 from varcli.tokenizer.health import codebook_report, count_codes
 from varcli.tokenizer.judge import evaluate_tokenizer
 from varcli.tokenizer.losses import PerceptualLoss
@@ -174,27 +175,15 @@ def test_inception_gives_the_names_of_papers_and_lite0_never_does(folder, tmp_pa
     assert "few for 1,280 features" in result.warnings[1]
 
 
-def test_lpips_needs_its_weights(folder, tmp_path):
-    from varcli.metrics import lpips
-
-    assert "--lpips-weights" in run(folder, pixels(2)).skipped["lpips"]
-    network = lpips.Lpips()
-    state = {
-        theirs: network.state_dict()[own]
-        for number, (_, places) in enumerate(lpips._STAGES)
-        for own, theirs in [
-            (f"channel_weights.{number}", f"lin{number}.model.1.weight"),
-            *(
-                (f"stages.{number}.{index}.{part}", f"net.slice{number + 1}.{place}.{part}")
-                for index, place in enumerate(places)
-                for part in ("weight", "bias")
-            ),
-        ]
-    }
-    torch.save(state, tmp_path / "lpips.pth")
-    result = run(folder, pixels(2), lpips_weights=tmp_path / "lpips.pth")
+def test_lpips_needs_its_weights(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    assert "LPIPS needs `vgg16-397923af.pth`" in run(folder, pixels(2)).skipped["lpips"]
+    with pytest.raises(ArtifactError, match="vgg16"):
+        run(folder, pixels(2), lpips_weights=tmp_path)
+    monkeypatch.setattr(reconstruct, "load_lpips", lambda _: Lpips().requires_grad_(False))
+    result = run(folder, pixels(2))
     assert result.metrics["lpips"] > 0 and "lpips" not in result.skipped
-    assert len(result.features["lpips_weights_sha256"]) == 64
+    assert len(result.features["lpips_weights_sha256"]) == 2
 
 
 def test_images_are_cut_as_the_tokenizer_saw_them(folder, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -80,3 +82,28 @@ def test_images_of_another_size_or_type_are_refused(tiny_tokenizer):
 def test_a_width_that_group_norm_cannot_split_is_refused():
     with pytest.raises(ConfigError, match="multiple of norm_groups"):
         TokenizerConfig(width=40)
+
+
+def test_cosine_codes_stand_in_the_manifest_and_encode_the_same_after_reading(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"patch_nums": (1, 2, 4), "vocab_size": 64, "code_channels": 8, "width": 32}
+    config = TokenizerConfig(**sizes, channel_multipliers=(1, 1), num_res_blocks=1, cosine_codes=True)
+    tokenizer = VQVAE(config).eval()
+    with torch.no_grad():  # codes of very different lengths, so that angle and distance disagree
+        tokenizer.quantizer.codebook.weight *= torch.linspace(0.01, 3, 64).view(-1, 1)
+    manifest = save_tokenizer(tmp_path / "t", tokenizer)
+    assert manifest.info["config"]["cosine_codes"] is True
+    loaded, images = load_tokenizer(tmp_path / "t"), torch.rand(4, 3, 8, 8) * 2 - 1
+    codes = tokenizer.encode(images)
+    assert torch.equal(loaded.encode(images), codes)
+    loaded.quantizer.cosine_codes = False
+    assert not torch.equal(loaded.encode(images), codes)
+
+
+def test_a_folder_from_before_cosine_codes_is_read_as_one_of_distances(tiny_tokenizer, tmp_path):
+    save_tokenizer(tmp_path / "t", tiny_tokenizer)
+    path = tmp_path / "t" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["info"]["config"]["cosine_codes"]
+    path.write_text(json.dumps(manifest))
+    assert load_tokenizer(tmp_path / "t").config == tiny_tokenizer.config

@@ -166,7 +166,8 @@ def test_too_many_bad_steps_stop_the_run_and_keep_the_good_checkpoint(tmp_path, 
     with pytest.raises(NumericError) as caught:
         train_toy(out, trainer=ToyTrainer(20, spoilt=spoilt))
     assert caught.value.exit_code == 7
-    assert f"{spoilt[-1]}" in str(caught.value)
+    assert f"{spoilt[-1] + 1}:" in str(caught.value)  # as the log counts them
+    assert "learning rate" in caught.value.hint and "checkpoint" in caught.value.hint
     newest = list_checkpoints(out)[0]
     assert int(newest.name.removeprefix("step-")) <= spoilt[-1]
     assert not verify_folder(newest, read_manifest(newest, "checkpoint"))

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from varcli.artifacts.verify import read_json_lines
-from varcli.errors import ConfigError, DataError
+from varcli.artifacts.verify import (
+    read_checked_tensors,
+    read_json_lines,
+    read_manifest,
+    require_finite,
+    verify_folder,
+)
+from varcli.errors import ConfigError, DataError, NumericError
+from varcli.pretrained.lpips import Lpips
 from varcli.progress import Step
 from varcli.tokenizer import TokenizerConfig
+from varcli.tokenizer.losses import PERCEPTUAL
 from varcli.tokenizer.store import load_tokenizer
+from varcli.training import tokenizer_objective
+from varcli.training.checkpoint import list_checkpoints
 from varcli.training.tokenizer import train_tokenizer
 from varcli.training.tokenizer_objective import (
     TokenizerTrainConfig,
@@ -137,3 +149,82 @@ def test_dropped_scales_leave_at_least_the_coarsest():
     assert set(kept.tolist()) == {1, 2, 3}
     assert (kept == 3).float().mean() == pytest.approx(0.5, abs=0.06)
     assert (draw_kept_scales(50, config(scale_dropout=0.0), torch.Generator(), CPU) == 3).all()
+
+
+def test_with_nothing_held_out_images_of_training_are_measured(tiny_images, tmp_path):
+    told = []
+    settings = config(steps=2, validate_every=2)
+    result = train_tokenizer(tiny_images / "train", tmp_path / "run", settings, device="cpu", on_step=told.append)
+    assert result.validation["images"] == 15
+    assert 0 < result.validation["codebook_used"] <= 1
+    assert any("validation measures images of training" in (step.message or "") for step in told)
+
+
+def test_a_codebook_of_the_data_begins_near_the_features_and_resumes_exactly(tiny_images, tmp_path):
+    settings = config(codebook_init="data", steps=6, save_every=3, restart_every=0)
+    train_tokenizer(tiny_images, tmp_path / "data", settings, device="cpu")
+    train_tokenizer(tiny_images, tmp_path / "random", config(steps=6, restart_every=0), device="cpu")
+    of_data, random = (read_json_lines(tmp_path / name / "metrics.jsonl")[0] for name in ("data", "random"))
+    assert of_data["quantizer_loss"] < random["quantizer_loss"]
+
+    def stop(step: Step) -> None:
+        if step.unit == "steps" and step.done >= 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_tokenizer(tiny_images, tmp_path / "cut", settings, device="cpu", on_step=stop)
+    train_tokenizer(tiny_images, tmp_path / "cut", settings, device="cpu")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "data")
+
+
+@pytest.mark.parametrize("init", ["random", "data"])
+def test_cosine_codes_can_be_trained(tiny_images, tmp_path, init):
+    settings = config(steps=4, validate_every=4, codebook_init=init)
+    tokenizer = replace(settings.tokenizer, cosine_codes=True)
+    result = train_tokenizer(tiny_images, tmp_path / "run", replace(settings, tokenizer=tokenizer), device="cpu")
+    assert result.validation["psnr"] > 0
+    assert load_tokenizer(tmp_path / "run" / "tokenizer").quantizer.cosine_codes
+
+
+@pytest.mark.parametrize("part", ["pixel_loss", "generator_loss", "discriminator_loss"])
+def test_a_loss_that_is_no_number_ends_the_run_with_one_error_and_the_last_checkpoint_is_whole(
+    part, tiny_images, tmp_path, monkeypatch
+):
+    calls, right = [], getattr(tokenizer_objective, part)
+    first_bad = 5 if part == "pixel_loss" else 1  # the others are called from the discriminator's start on
+
+    def spoil(*arguments):
+        calls.append(part)
+        return right(*arguments) * (float("nan") if len(calls) > first_bad else 1.0)
+
+    monkeypatch.setattr(tokenizer_objective, part, spoil)
+    settings = config(steps=12, save_every=4, validate_every=0, adversarial_start=0.3, restart_every=1)
+    with pytest.raises(NumericError) as caught:
+        train_tokenizer(tiny_images, tmp_path / "run", settings, device="cpu")
+    bad = [line for line in read_json_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "event"]
+    steps = [line["step"] for line in bad]
+    assert steps == list(range(steps[0], steps[0] + 3)) and len(bad[0]["rows"]) == 4
+    assert f"at steps {', '.join(map(str, steps))}" in str(caught.value)
+    assert "--lr" in caught.value.hint and "last checkpoint" in caught.value.hint
+    newest = list_checkpoints(tmp_path / "run")[0]
+    manifest = read_manifest(newest, "checkpoint")
+    assert not verify_folder(newest, manifest)
+    for name in manifest.files:
+        if name != "random.safetensors":
+            require_finite(read_checked_tensors(newest, name, manifest), name)
+    assert load_tokenizer(tmp_path / "run" / "tokenizer")  # refuses what is no number
+
+
+def test_lpips_stands_in_for_lite0_and_its_folder_may_move(tiny_images, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setitem(PERCEPTUAL, "lpips", lambda folder: asked.append(folder) or Lpips().requires_grad_(False))
+    settings = config(steps=2, validate_every=2, perceptual="lpips", perceptual_weight=0.5, lpips_weights=tmp_path)
+    result = train_tokenizer(tiny_images, tmp_path / "run", settings, device="cpu")
+    assert result.validation["perceptual"] > 0
+    moved = replace(settings, lpips_weights=tmp_path / "elsewhere")
+    train_tokenizer(tiny_images, tmp_path / "run", moved, device="cpu")
+    assert asked == [tmp_path, tmp_path / "elsewhere"]
+    with pytest.raises(ConfigError, match="perceptual was lpips"):
+        train_tokenizer(
+            tiny_images, tmp_path / "run", replace(moved, perceptual="lite0"), device="cpu", given={"perceptual"}
+        )

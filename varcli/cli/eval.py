@@ -72,7 +72,7 @@ def evaluate(
         Path | None,
         Option(
             "--lpips-weights",
-            help="With --tokenizer: the state_dict of the lpips package's LPIPS(net='vgg'), as .pth or safetensors.",
+            help="With --tokenizer: folder of the two weight files of LPIPS; default: torch's downloads.",
             show_default=False,
         ),
     ] = None,

@@ -35,7 +35,8 @@ def train_tokenizer(
 ) -> None:
     """Train the tokenizer that turns images into codes and back."""
     from varcli import config as configs
-    from varcli.errors import ConfigError
+    from varcli.errors import ConfigError, VarcliError
+    from varcli.report.curves import draw_curves
     from varcli.training.tokenizer import train_tokenizer as train
     from varcli.training.tokenizer_objective import TokenizerTrainConfig
 
@@ -58,8 +59,15 @@ def train_tokenizer(
         resume=resume,
         given=values.keys(),
         on_step=console.progress("training the tokenizer"),
+        on_validation=draw_curves,
     )
+    curves = None
+    try:
+        curves = str(draw_curves(result.folder))
+    except VarcliError as error:  # the tokenizer is there all the same
+        console.note(f"no curves: {error}")
     report = {"folder": str(result.folder / "tokenizer"), "steps": result.step, "seconds": result.seconds}
+    report["curves"] = curves
     numbers = ", ".join(
         f"{name} {result.validation[name]:.3g}"
         for name in ("psnr", "perceptual", "codebook_used")
@@ -68,4 +76,6 @@ def train_tokenizer(
     console.report(
         {**report, **result.validation}, json, f"tokenizer in {result.folder / 'tokenizer'} {numbers}".strip()
     )
+    if curves:
+        console.note(f"curves: {curves}")
     console.note(f"next: varcli tokenize {images} --tokenizer {result.folder / 'tokenizer'} --out codes")

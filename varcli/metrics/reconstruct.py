@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varcli import __version__
 from varcli.artifacts.verify import is_artifact
@@ -20,17 +20,18 @@ from varcli.data.emoji import unpack_emoji64
 from varcli.data.images import open_images, typical_side
 from varcli.data.paths import escape_path
 from varcli.devices import exact_convolutions, resolve_device
-from varcli.errors import ConfigError, DataError, NumericError, unknown_name
+from varcli.errors import ArtifactError, ConfigError, DataError, NumericError, unknown_name
 from varcli.metrics import cautions
 from varcli.metrics.features import Extractor, choose_extractor
 from varcli.metrics.fid import FID, frechet_distance
 from varcli.metrics.kid import KID, paired_kernel_distance
-from varcli.metrics.lpips import MIN_SIDE, Lpips, load_lpips
 from varcli.metrics.npz import open_npz
 from varcli.metrics.reconstruction import ReconstructionConfig, ReconstructionResult, ScaleUse
 from varcli.metrics.reference import EMBEDDED
 from varcli.metrics.sources import ImageSource, from_folder, from_npz, from_tensor, from_tree
 from varcli.metrics.ssim import WINDOW, ssim
+from varcli.pretrained.lpips import LPIPS_SHA256, VGG_SHA256, load_lpips
+from varcli.pretrained.lpips import MIN_SIDE as LPIPS_SIDE
 from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer.find import tokenizer_folder
 from varcli.tokenizer.health import codebook_report, count_codes
@@ -72,7 +73,7 @@ def evaluate_reconstruction(
     folder = tokenizer_folder(tokenizer)
     model = load_tokenizer(folder, device)
     extractor = choose_extractor(config.features, config.inception_weights, device, config.allow_unknown_weights)
-    lpips, lpips_sha256 = (None, None) if config.lpips_weights is None else load_lpips(config.lpips_weights, device)
+    lpips, reason = _choose_lpips(config.lpips_weights, device)
     with contextlib.ExitStack() as stack:
         source, warnings = _open(images, config, model.config.image_size, stack)
         if source.count < _MIN_IMAGES:
@@ -80,6 +81,8 @@ def evaluate_reconstruction(
                 f"`{source.shown}`: {source.count} image, but at least {_MIN_IMAGES} are needed", "pass more images"
             )
         seen = _Pass(model, extractor, lpips, source)
+        if reason is not None:
+            seen.skipped["lpips"] = reason
         stack.enter_context(torch.inference_mode())
         stack.enter_context(exact_convolutions())
         size = config.batch_size or (extractor.batch_size if device.type == "cpu" else _GPU_BATCH)
@@ -92,7 +95,7 @@ def evaluate_reconstruction(
         "network": extractor.name,
         "weights_sha256": extractor.weights_sha256,
         "preprocessing": extractor.preprocessing(source.height, source.width),
-        "lpips_weights_sha256": lpips_sha256,
+        "lpips_weights_sha256": None if lpips is None else [VGG_SHA256, LPIPS_SHA256],
         "device": str(device),
         "precision": "float32 features, float64 metrics",
     }
@@ -120,7 +123,7 @@ def evaluate_reconstruction(
 class _Pass:
     """What is gathered while the images go by."""
 
-    def __init__(self, model: VQVAE, extractor: Extractor, lpips: Lpips | None, source: ImageSource) -> None:
+    def __init__(self, model: VQVAE, extractor: Extractor, lpips: nn.Module | None, source: ImageSource) -> None:
         self.model, self.extractor, self.lpips, self.source = model, extractor, lpips, source
         self.perceptual = PerceptualLoss(extractor.device)
         self.features = np.empty((2, source.count, extractor.num_features), np.float32)  # of images, of reconstructions
@@ -131,8 +134,6 @@ class _Pass:
         self.squared_error = self.psnr = 0.0
         self.sums: dict[str, float] = {}
         self.skipped: dict[str, str] = {}
-        if lpips is None:
-            self.skipped["lpips"] = "its weights were not given: pass --lpips-weights"
 
     def add(self, images_u8: Tensor) -> None:
         """Encode, decode and measure one batch of uint8 images (n, 3, H, W)."""
@@ -162,11 +163,11 @@ class _Pass:
             self._sum("ssim", ssim(images, others))
 
     def _add_perceived(self, images: Tensor, others: Tensor) -> None:
-        if self.lpips is not None and min(images.shape[2:]) < MIN_SIDE:
-            self.skipped["lpips"] = f"it needs images of {MIN_SIDE} px, but these have {images.shape[3]}"
-        elif self.lpips is not None:
-            self._sum("lpips", self.lpips(images, others))
-        pair = (pixels.float() / 127.5 - 1 for pixels in (images, others))
+        if self.lpips is not None and min(images.shape[2:]) < LPIPS_SIDE:
+            self.skipped["lpips"] = f"it needs images of {LPIPS_SIDE} px, but these have {images.shape[3]}"
+        pair = [pixels.float() / 127.5 - 1 for pixels in (images, others)]
+        if self.lpips is not None and "lpips" not in self.skipped:
+            self._sum("lpips", self.lpips(*pair).expand(len(images)))
         self._sum("lite0_distance", self.perceptual(*pair).expand(len(images)))
 
     def _sum(self, name: str, values: Tensor) -> None:
@@ -209,6 +210,16 @@ class _Pass:
             )
             for number, (side, tokens) in enumerate(zip(scales, scales.step_lengths, strict=True))
         )
+
+
+def _choose_lpips(folder: Path | None, device: torch.device) -> tuple[nn.Module | None, str | None]:
+    """Return LPIPS, or None and why it is left out: its weights are not at hand, and nobody asked for it."""
+    try:
+        return load_lpips(folder).to(device), None
+    except ArtifactError as error:
+        if folder is not None:
+            raise
+        return None, str(error)
 
 
 def _open(

@@ -18,7 +18,7 @@ class ReconstructionConfig:
     features: str = "auto"  # inception, lite0, or auto: Inception if its weights are at hand
     inception_weights: Path | None = None  # file; None looks in $VARCLI_INCEPTION_WEIGHTS and torch's download folder
     allow_unknown_weights: bool = False  # take Inception weights other than the published ones
-    lpips_weights: Path | None = None  # file, see `varcli.metrics.lpips`; None leaves LPIPS out
+    lpips_weights: Path | None = None  # folder of the two files of LPIPS; None looks among torch's downloads
     device: str = "auto"  # as in `varcli.devices.resolve_device`
     batch_size: int | None = None  # images at a time; None chooses
     workers: int | None = None  # processes that decode; None chooses

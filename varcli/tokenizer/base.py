@@ -39,7 +39,7 @@ class TokenizerConfig:
     quant_conv_kernel: int = 3  # side of the convolutions around the quantizer, odd
     phi_residual: float = 0.5  # share of the convolution in phi; 0 makes phi the identity
     num_phis: int = 4  # phi convolutions shared by neighbouring scales; 1 shares one, 0 gives each scale its own
-    cosine_codes: bool = False  # choose codes by angle instead of distance
+    cosine_codes: bool = False  # choose codes by angle instead of distance (`using_znorm` of the released code)
     commitment_weight: float = 0.25  # beta, weight of the loss that pulls features to their codes
 
     @classmethod

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varcli.tokenizer.health import codebook_report, count_codes
-from varcli.tokenizer.losses import PerceptualLoss
 from varcli.tokenizer.vqvae import VQVAE
 
 
@@ -20,7 +19,7 @@ def peak_signal_to_noise(squared_errors: Tensor, peak: float) -> Tensor:
 
 @torch.no_grad()
 def evaluate_tokenizer(
-    tokenizer: VQVAE, images_u8: Tensor, perceptual: PerceptualLoss | None, batch_size: int = 128
+    tokenizer: VQVAE, images_u8: Tensor, perceptual: nn.Module | None, batch_size: int = 128
 ) -> dict[str, float]:
     """Measure reconstructions of uint8 images (N, 3, H, W): PSNR in dB over [0, 255], distances, codebook usage."""
     config = tokenizer.config
@@ -39,7 +38,7 @@ def evaluate_tokenizer(
         if perceptual is not None:
             distance += float(perceptual(images, reconstructions)) * len(chunk)
     count = len(images_u8)
-    report = {"psnr": psnr_sum / count, "mse": squared / count, "l1": absolute / count}
+    report = {"psnr": psnr_sum / count, "mse": squared / count, "l1": absolute / count, "images": count}
     if perceptual is not None:
         report["perceptual"] = distance / count
     return {**report, **codebook_report(counts)}

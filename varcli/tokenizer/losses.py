@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varcli.pretrained.lite0 import load_lite0
+from varcli.pretrained.lpips import load_lpips
 
 
 def pixel_loss(images: Tensor, reconstructions: Tensor) -> Tensor:
@@ -37,6 +41,13 @@ class PerceptualLoss(nn.Module):
         return distance
 
 
+PERCEPTUAL: dict[str, Callable[[Path | None], nn.Module]] = {
+    "lite0": lambda weights: PerceptualLoss(),
+    "lpips": load_lpips,
+}
+"""Every perceptual distance by name, built from a folder of weights where it needs one."""
+
+
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Hinge loss of a discriminator (arXiv:1705.02894): real above 1, fake below -1."""
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
@@ -45,6 +56,19 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def generator_loss(fake_logits: Tensor) -> Tensor:
     """Hinge loss of a generator: raise the discriminator's opinion of the fakes."""
     return -fake_logits.mean()
+
+
+def r1_penalty(discriminator: nn.Module, images: Tensor) -> Tensor:
+    """Squared length of the logits' gradient at real images (R1, arXiv:1801.04406, Eq. 9, without its factor gamma / 2).
+
+    images: (B, 3, H, W). Every patch's logit counts as a discriminator of its own: the mean over images, divided by the
+    patches. In float32; differentiable with respect to the discriminator's weights.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        leaf = images.detach().float().requires_grad_()
+        logits = discriminator(leaf)
+        (gradient,) = torch.autograd.grad(logits.sum(), leaf, create_graph=True)
+        return gradient.square().sum() / logits.numel()
 
 
 class LeCamPenalty(nn.Module):

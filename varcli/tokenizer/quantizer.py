@@ -54,6 +54,14 @@ def resize(x_BZss: Tensor, weights_ts: Tensor) -> Tensor:
     return (weights @ x_BZss.to(dtype) @ weights.T).to(x_BZss.dtype)
 
 
+def nearest_rows(vectors_NZ: Tensor, table_VZ: Tensor, by_angle: bool) -> Tensor:
+    """Return the int64 index (N,) of the row nearest to each vector, by squared distance or by angle; the first of equals."""
+    if by_angle:
+        return (F.normalize(vectors_NZ, dim=-1) @ F.normalize(table_VZ, dim=-1).T).argmax(dim=1)
+    squares = vectors_NZ.square().sum(dim=1, keepdim=True) + table_VZ.square().sum(dim=1)
+    return torch.addmm(squares, vectors_NZ, table_VZ.T, alpha=-2.0).argmin(dim=1)
+
+
 class MultiScaleQuantizer(nn.Module):
     """Codebook, phi convolutions, and the walk over scales, in float32 whatever autocast says."""
 
@@ -157,11 +165,7 @@ class MultiScaleQuantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, vectors_NZ: Tensor) -> Tensor:
         """Return the int64 index of each vector's code: least squared distance, or least angle with cosine codes."""
-        table = self.codebook.weight
-        if self.cosine_codes:
-            return (F.normalize(vectors_NZ, dim=-1) @ F.normalize(table, dim=-1).T).argmax(dim=1)
-        squares = vectors_NZ.square().sum(dim=1, keepdim=True) + table.square().sum(dim=1)
-        return torch.addmm(squares, vectors_NZ, table.T, alpha=-2.0).argmin(dim=1)
+        return nearest_rows(vectors_NZ, self.codebook.weight, self.cosine_codes)
 
     @torch.no_grad()
     def encode(self, f_BZhw: Tensor) -> Tensor:
@@ -193,7 +197,7 @@ class MultiScaleQuantizer(nn.Module):
             loss = f.new_zeros(())
             codes = []
             for scale in range(self.scales.num_scales):
-                codes.append(self.nearest(self._shrink(f_rest, scale)).view(f.shape[0], -1))
+                codes.append(self.nearest(self.shrink(f_rest, scale)).view(f.shape[0], -1))
                 h = self.contribution(self.lookup(codes[-1]), scale)
                 f_rest = f_rest - h.detach()
                 f_hat = f_hat + (h if num_kept_B is None else h * (num_kept_B > scale).view(-1, 1, 1, 1))
@@ -205,13 +209,13 @@ class MultiScaleQuantizer(nn.Module):
         """Yield, scale by scale, the leftover's vectors (B * l, Z) and the codes (B, l) chosen for them."""
         f_rest = f_BZhw.float()
         for scale in range(self.scales.num_scales):
-            vectors = self._shrink(f_rest, scale)
+            vectors = self.shrink(f_rest, scale)
             codes = self.nearest(vectors).view(f_rest.shape[0], -1)
             yield vectors, codes
             f_rest = f_rest - self.contribution(self.lookup(codes), scale)
 
     @torch.no_grad()
-    def _shrink(self, f_rest_BZhw: Tensor, scale: int) -> Tensor:
+    def shrink(self, f_rest_BZhw: Tensor, scale: int) -> Tensor:
         """Shrink what is left over to one scale's side, as (B * l, Z) vectors in row-major order."""
         if scale != self.scales.num_scales - 1:
             f_rest_BZhw = resize(f_rest_BZhw, self.get_buffer(f"_shrink_{scale}"))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,8 @@ from varcli.training.runlog import RunLog
 from varcli.training.signals import StopRequest
 from varcli.training.state import Parts, undisturbed
 
+OnValidation = Callable[[Path], None]
+
 SAMPLES_NAME = "samples"
 _LOOKS = ("validate", "sample", "eval")  # what may be due after a step beside log and checkpoint
 _HEARTBEAT = 0.5  # seconds between reports that only move the bar
@@ -57,6 +59,7 @@ class Trainer:
     published: str
     shown: tuple[str, ...] = ("loss", "accuracy")
     memory_hint: str = "use a smaller --batch-size"
+    numeric_hint: str = SkipPolicy.hint  # what to change when the loss is no longer a number
 
     def train_step(self, step: int) -> Mapping[str, Tensor | float]:
         """Do optimizer step `step`, counted from 0, and return numbers for the log.
@@ -68,6 +71,10 @@ class Trainer:
 
     def validate(self) -> Mapping[str, Any]:
         """Measure on held-out data; "loss" decides which weights are best. Nothing if there is none to measure on."""
+        return {}
+
+    def find_faults(self, step: int, validation: Mapping[str, Any]) -> Mapping[str, str]:
+        """Say what a validation after `step` steps shows to be wrong: warnings by what they are about, each told once a run."""
         return {}
 
     def publish(self, folder: Path, info: Mapping[str, Any]) -> None:
@@ -132,14 +139,16 @@ def run_training(
     config: LoopConfig,
     on_step: OnStep = ignore,
     info: Mapping[str, Any] | None = None,
+    on_validation: OnValidation | None = None,
 ) -> LoopResult:
     """Train until `config.steps`, from the run's checkpoint if it has one.
 
-    info: more JSON for the manifests of checkpoints and published weights. Raises InterruptedRun after a signal, with
+    info: more JSON for the manifests of checkpoints and published weights. on_validation: called with the run folder when
+    a validation is in its log; a VarcliError of it is told and the run goes on. Raises InterruptedRun after a signal, with
     the state saved; NumericError if too many steps were no numbers; MemoryLimitError; ArtifactError if the disk is
     full. After any of them the same call goes on from the last checkpoint.
     """
-    loop = _Loop(trainer, run, config, on_step, dict(info or {}))
+    loop = _Loop(trainer, run, config, on_step, dict(info or {}), on_validation)
     try:
         with StopRequest() as stop, memory_limits(trainer):
             return loop.run(stop)
@@ -164,11 +173,18 @@ class _Loop:
     """One call of `run_training`."""
 
     def __init__(
-        self, trainer: Trainer, run: RunFolder, config: LoopConfig, on_step: OnStep, info: dict[str, Any]
+        self,
+        trainer: Trainer,
+        run: RunFolder,
+        config: LoopConfig,
+        on_step: OnStep,
+        info: dict[str, Any],
+        on_validation: OnValidation | None,
     ) -> None:
+        self.on_validation = on_validation
         self.trainer, self.run_folder, self.config, self.on_step, self.info = trainer, run, config, on_step, info
         self.result = LoopResult(step=run.step)
-        self.policy = SkipPolicy()
+        self.policy = SkipPolicy(hint=trainer.numeric_hint)
         self.parent: str | None = None
         self.saved_step: int | None = None
         self.pending: list[str] = []
@@ -269,6 +285,14 @@ class _Loop:
                 self._publish()
         shown = ", ".join(f"{name} {values[name]:.4g}" for name in self.trainer.shown if name in values)
         self._report(f"validation after step {done:,}: {shown}{' (best so far)' if is_best else ''}")
+        for about, text in self.trainer.find_faults(done, values).items():
+            if self.log.write_warning(done, about, text):
+                self._report(f"warning: {text}")
+        try:
+            if self.on_validation is not None:
+                self.on_validation(self.run_folder.path)
+        except VarcliError as error:  # what others make of the log is not worth a run
+            self._report(f"after step {done:,}: {error}")
 
     def _draw(self) -> None:
         try:

@@ -52,25 +52,29 @@ class Meter:
 
 @dataclass
 class SkipPolicy:
-    """When skipped steps are too many: a few in a row, or some among the last thousand."""
+    """When skipped steps are too many: a few in a row, or some among the last thousand.
 
+    hint: what to change then.
+    """
+
+    hint: str = "use a lower learning rate (--lr) or --precision fp32"
     in_a_row: int = 3
     in_window: int = 10
     window: int = 1000
     steps: list[int] = field(default_factory=list)  # skipped lately, rising
 
     def note(self, skipped: list[int], done: int) -> None:
-        """Take the steps skipped since the last call; `done` steps have been taken. Raises NumericError if too many."""
+        """Take the steps skipped since the last call, counted from 0, after `done` steps. Raises NumericError if too many."""
         self.steps = [step for step in (*self.steps, *skipped) if step > done - self.window]
         run = longest = 0
         for before, step in zip([None, *self.steps], self.steps):
             run = run + 1 if before == step - 1 else 1
             longest = max(longest, run)
         if longest >= self.in_a_row or len(self.steps) >= self.in_window:
-            shown = ", ".join(str(step) for step in self.steps[-self.in_window :])
+            shown = ", ".join(f"{step + 1:,}" for step in self.steps[-self.in_window :])
             raise NumericError(
                 f"loss or gradients were no numbers at steps {shown}: training stopped, the weights are as before them",
-                "use a lower learning rate (--lr) or --precision fp32; the last checkpoint and metrics.jsonl are kept",
+                f"{self.hint}; the last checkpoint and metrics.jsonl are kept",
             )
 
 

@@ -33,6 +33,7 @@ class RunLog:
         self.is_broken = False
         kept = [record for record in read_json_lines(self.path) if record.get("step", 0) <= resume_step]
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.warned = {record["about"] for record in kept if record.get("event") == "warning" and "about" in record}
         self.writer = _open_tensorboard(run / TENSORBOARD_NAME, resume_step) if use_tensorboard else None
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
@@ -50,6 +51,14 @@ class RunLog:
                 for index, entry in enumerate(entries):
                     tag = f"{kind}/{name}" if len(entries) == 1 else f"{kind}/{name}/{index}"
                     self.writer.add_scalar(tag, entry, step)
+
+    def write_warning(self, step: int, about: str, text: str) -> bool:
+        """Append a warning as an event, unless one about the same was there, from an earlier session too. Says if it did."""
+        if about in self.warned:
+            return False
+        self.warned.add(about)
+        self.write("event", step, {"event": "warning", "about": about, "message": text})
+        return True
 
     def write_image(self, step: int, image: Any) -> None:
         """Show a picture, PIL or (H, W, 3) uint8, in TensorBoard."""

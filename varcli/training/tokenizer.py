@@ -23,14 +23,16 @@ from varcli.errors import DataError
 from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer import TokenizerConfig
 from varcli.tokenizer.health import count_codes, restart_dead_codes
+from varcli.tokenizer.initialize import init_codebook
 from varcli.tokenizer.judge import evaluate_tokenizer, scale_strip
 from varcli.tokenizer.store import KIND, save_tokenizer
 from varcli.training.ema import Ema
-from varcli.training.loop import LoopConfig, Trainer, run_training
+from varcli.training.loop import LoopConfig, OnValidation, Trainer, run_training
 from varcli.training.optim import Updater, build_adamw
 from varcli.training.run import keep_stored, open_run
 from varcli.training.schedules import Schedule
 from varcli.training.state import Parts
+from varcli.training.tokenizer_health import collapse_warnings
 from varcli.training.tokenizer_objective import (
     TokenizerObjective,
     TokenizerTrainConfig,
@@ -39,9 +41,12 @@ from varcli.training.tokenizer_objective import (
     draw_kept_scales,
 )
 
+_FREE = LoopConfig.FREE - {"steps"} | {"lpips_weights"}  # a known file, wherever it lies
 _USAGE_DECAY = 0.99  # of the running counts that say which codes are dead
 _DEAD_SHARE = 0.02  # of a code's fair share of the picks, below which it is dead
 _STRIP_IMAGES = 16  # held-out images in the pictures of a run
+_INIT_IMAGES = 512  # whose features a codebook begins with
+_MEASURED_IMAGES = 1024  # of the training images, that validation takes where none are held out
 _MAX_BYTES = 8 * 2**30  # decoded images are kept in memory up to this size
 
 
@@ -58,15 +63,20 @@ class TokenizerTrainResult:
 class TokenizerTrainer(Trainer):
     """Reconstruction, quantizer and a late discriminator, plugged into the shared loop.
 
-    images, held_out: uint8 (N, 3, H, W) on `device`; held_out may be empty.
+    images, held_out: uint8 (N, 3, H, W) on `device`; if held_out is empty, validation takes images of training.
     """
 
     published = KIND
-    shown = ("loss", "psnr", "codes_restarted")
+    shown = ("loss", "psnr", "codebook_used", "codes_restarted")
+    numeric_hint = (
+        "start anew with a lower learning rate (--lr), --precision fp32, or a lower --set discriminator_learning_rate if "
+        "the discriminator was at work"
+    )
 
     def __init__(self, config: TokenizerTrainConfig, images: Tensor, held_out: Tensor, device: torch.device) -> None:
         torch.manual_seed(config.seed)
         self.config, self.images, self.held_out, self.device = config, images, held_out, device
+        self.measured = held_out if len(held_out) else _spread(images, _MEASURED_IMAGES)
         self.batch_size = config.batch_size
         self.order = ShuffledOrder(len(images), config.seed)
         self.generator = torch.Generator(device).manual_seed(config.seed)
@@ -108,6 +118,8 @@ class TokenizerTrainer(Trainer):
     def train_step(self, step: int) -> Mapping[str, Tensor | float]:
         """One step of the tokenizer and, once it learns, one of the discriminator; see `Trainer.train_step`."""
         config = self.config
+        if step == 0 and config.codebook_init == "data":
+            self._init_codebook()
         picks = torch.as_tensor(self.order.indices(step * config.batch_size, config.batch_size), device=self.device)
         images = augment(self.images[picks], config, self.generator)
         kept = draw_kept_scales(len(images), config, self.generator, self.device)
@@ -118,10 +130,20 @@ class TokenizerTrainer(Trainer):
         numbers = {"loss": loss, **numbers, **self.updater.finish(loss)}
         if self.judge is not None and step >= 0.8 * config.adversarial_start * config.steps:
             self.judge.begin(step)
-            numbers |= self.objective.backward_discriminator(images, reconstructions, self.generator)
-            self.judge.finish(numbers["discriminator_loss"])
+            numbers |= self.objective.backward_discriminator(step, images, reconstructions, self.generator)
+            judged = self.judge.finish(numbers["discriminator_loss"])
+            numbers["discriminator_gradient_norm"] = judged["gradient_norm"]
+            numbers["skipped"] = torch.maximum(numbers["skipped"], judged["skipped"])
         numbers["codes_restarted"] = float(self._keep_codes_alive(step, images, codes))
         return numbers
+
+    @torch.no_grad()
+    def _init_codebook(self) -> None:
+        """Put the codebook where the features of some images are, before the first step."""
+        images = _spread(self.images, max(_INIT_IMAGES, self.batch_size))
+        chunks = [self.model.features(chunk.float() / 127.5 - 1) for chunk in images.split(self.batch_size)]
+        init_codebook(self.model.quantizer, torch.cat(chunks), self.generator)
+        self.average.shadow["quantizer.codebook.weight"].copy_(self.model.quantizer.codebook.weight)
 
     @torch.no_grad()
     def _keep_codes_alive(self, step: int, images: Tensor, codes_BL: Tensor) -> int:
@@ -145,24 +167,30 @@ class TokenizerTrainer(Trainer):
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, Any]:
-        """Reconstruction and codebook health of the averaged weights on held-out images."""
-        if not len(self.held_out):
-            return {}
+        """Reconstruction and codebook health of the averaged weights, on held-out images if there are any."""
         self.model.eval()
         with self.average.swapped():
-            report = evaluate_tokenizer(self.model, self.held_out, self.objective.perceptual)
+            report = evaluate_tokenizer(self.model, self.measured, self.objective.perceptual)
         self.model.train()
         return {"loss": report["l1"] + report["mse"] + report.get("perceptual", 0.0), **report}
+
+    def find_faults(self, step: int, validation: Mapping[str, Any]) -> Mapping[str, str]:
+        """Collapsed scales and a codebook that dies, with settings to change; see `collapse_warnings`."""
+        return collapse_warnings(self.config, step, validation)
 
     @torch.no_grad()
     def draw(self, step: int) -> Image.Image | None:
         """Held-out images on top, then their decode after 1, 2, ... K scales."""
-        source = self.held_out if len(self.held_out) else self.images
         self.model.eval()
         with self.average.swapped():
-            strip = scale_strip(self.model, source[:: max(1, len(source) // _STRIP_IMAGES)][:_STRIP_IMAGES])
+            strip = scale_strip(self.model, _spread(self.measured, _STRIP_IMAGES))
         self.model.train()
         return make_grid(strip.flatten(0, 1).cpu(), columns=strip.shape[1])
+
+    def describe_batch(self, step: int) -> dict[str, Any]:
+        """Places of the images of step `step` in the training split."""
+        rows = self.order.indices(step * self.batch_size, self.batch_size)
+        return {"seed": self.config.seed, "rows": [int(row) for row in rows]}
 
     def publish(self, folder: Path, info: Mapping[str, Any]) -> None:
         """Write the averaged weights as a tokenizer folder."""
@@ -179,12 +207,14 @@ def train_tokenizer(
     resume: str = "auto",
     given: Collection[str] | None = None,
     on_step: OnStep = ignore,
+    on_validation: OnValidation | None = None,
 ) -> TokenizerTrainResult:
     """Train a tokenizer on a folder of images, into a run folder; go on with a run begun there.
 
     images: an image tree; a "val" split, if there is one, is held out and measured on. The tokenizer is written to
     `out/tokenizer` with each checkpoint. given: names of settings that a resumed run must have been begun with, None means
-    those that are not at their defaults; it keeps the others.
+    those that are not at their defaults; it keeps the others. on_validation: called with the run folder after each
+    validation, e.g. to draw what its log holds.
     Raises DataError for images that cannot be used or fewer than a batch, ConfigError for settings that differ from the
     run's, and what `run_training` raises.
     """
@@ -213,15 +243,16 @@ def train_tokenizer(
             held_out = read_pixels(tree, "val", config.tokenizer.image_size, on_step).to(where)
         trainer = TokenizerTrainer(config, pixels, held_out, where)
         on_step(Step(run.step, config.steps, message=_describe_plan(trainer)))
-        run.settle(KIND, configs.to_dict(config), inputs, LoopConfig.FREE - {"steps"})
+        run.settle(KIND, configs.to_dict(config), inputs, _FREE)
         loop = LoopConfig(
             steps=config.steps,
             log_every=config.log_every,
-            validate_every=config.validate_every if len(held_out) else 0,
+            validate_every=config.validate_every,
             sample_every=config.validate_every,
             save_every=config.save_every,
         )
-        result = run_training(trainer, run, loop, on_step, {"images": len(pixels), "classes": list(tree.classes)})
+        info = {"images": len(pixels), "classes": list(tree.classes)}
+        result = run_training(trainer, run, loop, on_step, info, on_validation)
     return TokenizerTrainResult(
         folder=Path(out), step=result.step, seconds=result.seconds, validation=result.validation
     )
@@ -235,7 +266,13 @@ def _describe_plan(trainer: TokenizerTrainer) -> str:
         f"a tokenizer for {tokenizer.image_size} px: {parameters:,} parameters, {tokenizer.scales.seq_len:,} tokens an image "
         f"of {tokenizer.vocab_size:,} codes; {config.steps:,} steps of {config.batch_size:,} of "
         f"{len(trainer.images):,} images, {len(trainer.held_out):,} held out"
+        f"{'' if len(trainer.held_out) else ', so that validation measures images of training'}"
     )
+
+
+def _spread(images: Tensor, count: int) -> Tensor:
+    """Take up to `count` images, evenly spread over all."""
+    return images[:: max(1, len(images) // count)][:count]
 
 
 def read_pixels(tree: ImageTree, split: str, size: int, on_step: OnStep = ignore) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,22 @@ from torch import Tensor, nn
 from varcli.devices import autocast
 from varcli.errors import ConfigError, unknown_name
 from varcli.tokenizer import VQVAE, TokenizerConfig
-from varcli.tokenizer.discriminator import PatchDiscriminator, augment_pair
-from varcli.tokenizer.losses import LeCamPenalty, PerceptualLoss, discriminator_loss, generator_loss, pixel_loss
+from varcli.tokenizer.augment import AUGMENTATIONS, augment_pair
+from varcli.tokenizer.discriminator import PatchDiscriminator
+from varcli.tokenizer.losses import (
+    PERCEPTUAL,
+    LeCamPenalty,
+    discriminator_loss,
+    generator_loss,
+    pixel_loss,
+    r1_penalty,
+)
+
+CODEBOOK_INITS = ("random", "data")
+REGULARIZERS = ("lecam", "r1", "none")
+_R1_EVERY = (
+    16  # steps of the discriminator between R1 penalties, each of which counts for all (arXiv:1912.04958, Sec. 3.1)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +41,20 @@ class TokenizerTrainConfig:
     warmup_steps: int = 200  # optimizer steps of linear rise
     final_learning_rate: float = 0.02  # share of the peak left at the end of the cosine
     grad_clip: float | None = 1.0  # max global gradient norm; None turns clipping off
+    codebook_init: str = "random"  # random, or data: the centres of the first images' features
     quantizer_weight: float = 1.0  # of the codebook and commitment loss
     perceptual_weight: float = 0.5  # of the distance in a fixed network's features
+    perceptual: str = "lite0"  # which network: lite0, which comes with varcli, or lpips
+    lpips_weights: Path | None = None  # folder of the two files of LPIPS; None looks among torch's downloads
     adversarial_weight: float = 0.1  # share of the content gradient's size given to the discriminator; 0 turns it off
     adversarial_start: float = (
-        0.5  # share of the steps done before the discriminator is heard; it learns from half that on
+        0.5  # share of the steps before the discriminator is heard; it learns from 0.8 of that on
     )
     discriminator_learning_rate: float = 2e-4  # constant
-    lecam_weight: float = 1e-3  # of the penalty that steadies the discriminator
+    discriminator_augment: tuple[str, ...] = tuple(AUGMENTATIONS)  # changes to what it sees, so that it learns no image
+    regularizer: str = "lecam"  # what steadies the discriminator: lecam, r1 or none
+    lecam_weight: float = 1e-3  # of the distance from its running averages
+    r1_weight: float = 1.0  # gamma, of its gradient at real images
     scale_dropout: float = 0.1  # share of images that keep only some of their coarse scales
     restart_every: int = 100  # steps between restarts of codes nobody picks; 0 turns them off
     restart_until: float = 0.7  # share of the steps after which codes are left alone
@@ -54,7 +75,17 @@ class TokenizerTrainConfig:
             raise ConfigError("learning_rate must be above 0, ema_decay in [0, 1) and shift 0 or more")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise unknown_name("precision", self.precision, ["auto", "fp32", "bf16"])
-        weights = (self.quantizer_weight, self.perceptual_weight, self.adversarial_weight, self.lecam_weight)
+        if self.perceptual not in PERCEPTUAL:
+            raise unknown_name("perceptual loss", self.perceptual, PERCEPTUAL)
+        if self.codebook_init not in CODEBOOK_INITS:
+            raise unknown_name("codebook init", self.codebook_init, CODEBOOK_INITS)
+        if self.regularizer not in REGULARIZERS:
+            raise unknown_name("regularizer", self.regularizer, REGULARIZERS)
+        for name in self.discriminator_augment:
+            if name not in AUGMENTATIONS:
+                raise unknown_name("augmentation", name, AUGMENTATIONS)
+        weights = (self.quantizer_weight, self.perceptual_weight, self.adversarial_weight)
+        weights += (self.lecam_weight, self.r1_weight)
         if not all(0 <= weight < math.inf for weight in weights):
             raise ConfigError("the weights of the losses must be 0 or more")
         if not 0 <= self.seed < 2**63:
@@ -72,7 +103,7 @@ class TokenizerObjective(nn.Module):
         self.tokenizer = VQVAE(config.tokenizer)
         self.discriminator = PatchDiscriminator() if config.adversarial_weight else None
         self.lecam = LeCamPenalty()
-        self.perceptual = PerceptualLoss() if config.perceptual_weight else None
+        self.perceptual = PERCEPTUAL[config.perceptual](config.lpips_weights) if config.perceptual_weight else None
         self.to(device)
         is_cuda = device.type == "cuda"
         if is_cuda:
@@ -106,7 +137,8 @@ class TokenizerObjective(nn.Module):
         (gradient,) = torch.autograd.grad(content, leaf)
         if adversarial_share > 0:
             with autocast(self.device, self.dtype):
-                adversarial = generator_loss(self.discriminator(augment_pair(images, leaf, generator)[1]))
+                _, seen = augment_pair(images, leaf, self.config.discriminator_augment, generator)
+                adversarial = generator_loss(self.discriminator(seen))
             (push,) = torch.autograd.grad(adversarial, leaf)
             gradient = gradient + push * (adversarial_share * gradient.norm() / (push.norm() + 1e-8))
             numbers["adversarial_loss"] = adversarial.detach()
@@ -129,15 +161,23 @@ class TokenizerObjective(nn.Module):
         return self._run(images, num_kept_B)
 
     def backward_discriminator(
-        self, images: Tensor, reconstructions: Tensor, generator: torch.Generator
+        self, step: int, images: Tensor, reconstructions: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Add one batch's gradients to the discriminator's parameters; return numbers for the log."""
-        real, fake = augment_pair(images, reconstructions, generator)
+        """Add one batch's gradients of step `step` to the discriminator's parameters; return numbers for the log."""
+        real, fake = augment_pair(images, reconstructions, self.config.discriminator_augment, generator)
         with autocast(self.device, self.dtype):
             real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).float().chunk(2)
         loss = discriminator_loss(real_logits, fake_logits)
-        (loss + self.config.lecam_weight * self.lecam(real_logits, fake_logits)).backward()
-        return {"discriminator_loss": loss.detach()}
+        numbers = {"discriminator_loss": loss.detach()}
+        numbers |= {"real_logit": real_logits.detach().mean(), "fake_logit": fake_logits.detach().mean()}
+        if self.config.regularizer == "lecam":
+            loss = loss + self.config.lecam_weight * self.lecam(real_logits, fake_logits)
+        elif self.config.regularizer == "r1" and step % _R1_EVERY == 0:
+            penalty = r1_penalty(self.discriminator, real)
+            loss = loss + 0.5 * self.config.r1_weight * _R1_EVERY * penalty
+            numbers["r1_penalty"] = penalty.detach()
+        loss.backward()
+        return numbers
 
 
 def adversarial_share(step: int, config: TokenizerTrainConfig) -> float:

@@ -1,0 +1,69 @@
+"""The discriminator's part of a step: its regularisers, what it logs, and which settings there are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from varcli.errors import ConfigError
+from varcli.tokenizer import TokenizerConfig
+from varcli.training.tokenizer_objective import REGULARIZERS, TokenizerObjective, TokenizerTrainConfig
+
+TINY = TokenizerConfig(
+    patch_nums=(1, 2), vocab_size=8, code_channels=4, width=8, channel_multipliers=(1, 1), norm_groups=2
+)
+CPU = torch.device("cpu")
+
+
+def objective(**changes) -> TokenizerObjective:
+    torch.manual_seed(0)
+    config = TokenizerTrainConfig(tokenizer=TINY, perceptual_weight=0.0, **changes)
+    return TokenizerObjective(config, CPU, torch.float32)
+
+
+def judge_step(step: int, **changes) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Numbers and the first layer's gradient of the discriminator after one step."""
+    made = objective(**changes)
+    real, fake = torch.rand(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    numbers = made.backward_discriminator(step, real, fake, torch.Generator().manual_seed(2))
+    return numbers, next(p.grad for n, p in made.discriminator.named_parameters() if "weight" in n).clone()
+
+
+@pytest.mark.parametrize("regularizer", REGULARIZERS)
+def test_every_regulariser_gives_finite_gradients_and_the_same_loss_in_the_log(regularizer):
+    numbers, gradient = judge_step(0, regularizer=regularizer)
+    assert gradient.isfinite().all() and gradient.abs().sum() > 0
+    assert numbers["discriminator_loss"] == judge_step(0, regularizer="none")[0]["discriminator_loss"]
+    assert {"real_logit", "fake_logit"} <= numbers.keys()
+
+
+def test_r1_comes_every_sixteenth_step_and_counts_sixteenfold():
+    plain = judge_step(0, regularizer="none")[1]
+    for step, is_due in ((0, True), (1, False), (15, False), (16, True)):
+        numbers, gradient = judge_step(step, regularizer="r1")
+        assert ("r1_penalty" in numbers) == is_due
+        assert torch.equal(gradient, plain) != is_due
+    (one, two) = (judge_step(0, regularizer="r1", r1_weight=weight)[1] - plain for weight in (1.0, 2.0))
+    torch.testing.assert_close(2 * one, two, rtol=1e-3, atol=1e-6)
+
+
+def test_lecam_pulls_only_once_it_has_averages_to_pull_to():
+    plain, pulled = (judge_step(3, regularizer=name, lecam_weight=1.0)[1] for name in ("none", "lecam"))
+    assert not torch.equal(plain, pulled)
+    assert torch.equal(plain, judge_step(3, regularizer="lecam", lecam_weight=0.0)[1])
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"regularizer": "R1"}, "r1"),
+        ({"perceptual": "vgg"}, "lite0, lpips"),
+        ({"codebook_init": "kmeans"}, "data"),
+        ({"discriminator_augment": ("color",)}, "colour"),
+        ({"r1_weight": -1.0}, "0 or more"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_with_what_there_is(changes, named):
+    with pytest.raises(ConfigError) as caught:
+        TokenizerTrainConfig(**changes)
+    assert named in f"{caught.value} {caught.value.hint}"
