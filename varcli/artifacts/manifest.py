@@ -72,7 +72,8 @@ def hash_file(path: Path) -> FileEntry:
 
 def hash_files(paths: Sequence[Path]) -> list[FileEntry]:
     """Return what `hash_file` returns for each of many files, several at a time."""
-    chunks = [paths[start : start + _HASH_CHUNK] for start in range(0, len(paths), _HASH_CHUNK)]
+    size = max(1, min(_HASH_CHUNK, len(paths) // _HASH_THREADS))
+    chunks = [paths[start : start + size] for start in range(0, len(paths), size)]
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         return [
             entry for found in pool.map(lambda chunk: [hash_file(path) for path in chunk], chunks) for entry in found

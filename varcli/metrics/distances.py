@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varcli.errors import ConfigError, ShapeError
-from varcli.metrics.arrays import Rows, float64_device, pieces
+from varcli.metrics.arrays import Rows, bring_near, float64_device, pieces
 
 _BLOCK = 4096  # rows of either set; a block of distances takes 134 MB
 _ROUNDING = 64 * torch.finfo(torch.float64).eps  # of the squared norms; seen: up to 4 eps at 2048 columns
@@ -43,6 +43,7 @@ class Block:
 def squared_distances(a: Rows, b: Rows, device: torch.device | str = "cpu", block: int = _BLOCK) -> Iterator[Block]:
     """Yield the squared Euclidean distances of all rows of `a` (N, D) to all rows of `b` (M, D), block by block."""
     device = float64_device(device)
+    a, b = bring_near(a, device), bring_near(b, device)
     for first_a, x in pieces(a, block, device):
         norms_x = x.square().sum(dim=1, keepdim=True)
         for first_b, y in pieces(b, block, device):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from varcli.errors import ShapeError
-from varcli.metrics.arrays import Rows, check_pair, float64_device, pieces
+from varcli.metrics.arrays import Rows, bring_near, check_pair, float64_device, pieces
 from varcli.metrics.base import FEATURES, FeatureSet, Metric
 
 _BLOCK = 4096  # rows of either set; a block of kernel values takes 134 MB
@@ -20,6 +20,7 @@ def kernel_distance(features_ref: Rows, features_sample: Rows, device: torch.dev
     """
     check_pair(features_ref, features_sample, min_rows=2)
     device = float64_device(device)
+    features_ref, features_sample = bring_near(features_ref, device), bring_near(features_sample, device)
     n, m = len(features_ref), len(features_sample)
     within_ref = _kernel_sum(features_ref, features_ref, device) - _partner_sum(features_ref, features_ref, device)
     within_sample = _kernel_sum(features_sample, features_sample, device)
