@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -35,12 +34,6 @@ def write_pictures(folder: Path, count: int, side: int, workers: int, on_step: O
     with ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool:
         for done, _ in enumerate(pool.map(write, starts)):
             on_step(Step(min((done + 1) * _CHUNK, count), count, "images"))
-
-
-def read_pictures(folder: Path, count: int) -> Iterator[np.ndarray]:
-    """Yield the first `count` pictures of a folder, uint8 (side, side, 3)."""
-    for number in range(count):
-        yield np.asarray(Image.open(_path(folder, number)))
 
 
 def _write_some(folder: Path, count: int, side: int, start: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from varcli.errors import ArtifactError
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 WEIGHTS_NAMES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 WEIGHTS_VARIABLE = "VARCLI_INCEPTION_WEIGHTS"
+_NUM_LOGITS = 1008
 _SPATIAL_CHANNELS = 7  # the first of mixed_6/conv; 17 * 17 * 7 = 2023 values
 
 
@@ -33,30 +35,37 @@ class InceptionExtractor:
         allow_unknown: also take another file than the published one. Raises ArtifactError for another file, or one that
         does not fit; UnsafeFileError for one that could run code.
         """
-        from varcli.metrics.inception_network import InceptionNetwork  # brings torchvision along, seconds of import
-
         self.device = device
         self.weights_sha256 = _hash(weights)
         if self.weights_sha256 == WEIGHTS_SHA256:
-            state = read_known_pickle(weights, WEIGHTS_SHA256)
+            self._state = read_known_pickle(weights, WEIGHTS_SHA256)
         elif allow_unknown:
-            state = read_foreign(weights)
+            self._state = read_foreign(weights)
         else:
             raise ArtifactError(
                 f"`{weights}` is not the Inception file of published FIDs: its SHA-256 is {self.weights_sha256[:16]}..., "
                 f"that of the file is {WEIGHTS_SHA256[:16]}...",
                 f"pass {WEIGHTS_NAMES[0]} (95.6 MB), as released by torch-fidelity",
             )
+        self._weights = weights
+        self._spatial: Tensor | None = None
+        if getattr(self._state.get("fc.weight"), "shape", None) != (_NUM_LOGITS, self.num_features):
+            _ = self.network  # which raises, naming what does not fit
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The network, built when images come: kept features need none, and what it imports takes seconds."""
+        from varcli.metrics.inception_network import InceptionNetwork
+
         network = InceptionNetwork()
         counters = {name: value for name, value in network.state_dict().items() if name.endswith("num_batches_tracked")}
-        require_finite(state, f"`{weights}`")
-        load_state(network, {**counters, **state}, weights)
-        # of 50,000 images an H100 reads 2,131 a second in float32 this way, 1,742 with channels last, which CPUs prefer
-        layout = torch.contiguous_format if self.device.type == "cuda" else torch.channels_last
-        self.network = network.to(device, memory_format=layout).eval().requires_grad_(False)
-        self._spatial: Tensor | None = None
+        require_finite(self._state, f"`{self._weights}`")
+        load_state(network, {**counters, **self._state}, self._weights)
         # the output after batch norm and ReLU, as the graph's tensor `mixed_6/conv`
         network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+        # an H100 reads 2,131 images a second in float32 this way, 1,742 with channels last, which CPUs prefer
+        layout = torch.contiguous_format if self.device.type == "cuda" else torch.channels_last
+        return network.to(self.device, memory_format=layout).eval().requires_grad_(False)
 
     def preprocessing(self, height: int, width: int) -> str:
         """Say how images enter the network."""
@@ -70,7 +79,11 @@ class InceptionExtractor:
 
     def logits(self, features: Tensor) -> Tensor:
         """Return the logits of the Inception Score, which leave out the bias."""
-        return features @ self.network.fc.weight.T
+        return features @ self._classes.T
+
+    @cached_property
+    def _classes(self) -> Tensor:
+        return self._state["fc.weight"].to(self.device)
 
     def _keep_spatial(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         # flattened with channels last, as in TensorFlow; another order does not match stored statistics
