@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -130,7 +130,7 @@ def extract_features(
         done = start
         on_step(Step(done, stop, "images"))
         waiting = None
-        for images in source.batches(size, start, stop, workers):
+        for images in _read_ahead(source.batches(size, start, stop, workers), extractor.device.type == "cuda"):
             begun = _begin_batch(images, extractor, spatial, pool)
             if waiting is not None:
                 yield _finish_batch(waiting, extractor, source.shown)
@@ -167,6 +167,32 @@ def extract_features(
     )
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A batch at work."""
+
+    features: Tensor  # (B, D) on the device
+    spatial: Tensor | None  # (B, S), likewise
+    hashes: list[Future[bytes]]  # of the pixels, 16 bytes an image
+
+
+def _read_ahead(batches: Iterator[Tensor], pin: bool) -> Iterator[Tensor]:
+    """Yield the same batches, each read in a thread while the one before is at work.
+
+    pin: put them into memory that a GPU copies from on its own; from other memory a copy waits for the batch before.
+    """
+
+    def read() -> Tensor | None:
+        batch = next(batches, None)
+        return batch.pin_memory() if pin and batch is not None else batch
+
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(read)
+        while (batch := coming.result()) is not None:
+            coming = reader.submit(read)
+            yield batch
+
+
 def _compute_logits(features: np.ndarray, extractor: Extractor) -> np.ndarray:
     """Return the logits of features (N, D), which are not kept on disk since they follow from them."""
     logits = np.empty((0, 0), np.float32)
@@ -179,23 +205,26 @@ def _compute_logits(features: np.ndarray, extractor: Extractor) -> np.ndarray:
     return logits
 
 
-def _begin_batch(images: Tensor, extractor: Extractor, spatial: bool, pool: ThreadPoolExecutor) -> dict[str, Tensor]:
-    """Give one batch to the network, and hash each image's pixels while a GPU is at work; the rows stay on the device."""
-    if extractor.device.type == "cuda":
-        images = images.pin_memory()  # without it the copy would wait for the batch before
+def _begin_batch(images: Tensor, extractor: Extractor, spatial: bool, pool: ThreadPoolExecutor) -> _Begun:
+    """Give one batch to the network, and its pixels to the threads that hash them."""
+    hashes = [pool.submit(_hash_pixels, part) for part in images.chunk(_HASH_THREADS)]
     features, maps = extractor.extract(images, spatial)
-    digests = b"".join(pool.map(_hash_pixels, images.chunk(_HASH_THREADS)))
-    batch = {"features": features, "pixels": torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, 16)}
-    return batch if maps is None else {**batch, "spatial": maps}
+    return _Begun(features, maps, hashes)
 
 
 def _hash_pixels(images: Tensor) -> bytes:
     return b"".join(hashlib.blake2b(image.contiguous().numpy(), digest_size=16).digest() for image in images)
 
 
-def _finish_batch(batch: dict[str, Tensor], extractor: Extractor, shown: str) -> dict[str, Tensor]:
+def _finish_batch(begun: _Begun, extractor: Extractor, shown: str) -> dict[str, Tensor]:
     """Return the rows of one batch in memory: features, spatial ones if asked for, and the hashes."""
-    rows = {name: part.cpu() if name == "pixels" else part.float().cpu() for name, part in batch.items()}
+    digests = b"".join(future.result() for future in begun.hashes)
+    rows = {
+        "features": begun.features.float().cpu(),
+        "pixels": torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, 16),
+    }
+    if begun.spatial is not None:
+        rows["spatial"] = begun.spatial.float().cpu()
     if not torch.isfinite(rows["features"]).all():
         raise NumericError(f"the {extractor.name} features of `{shown}` are not finite", "use --device cpu")
     return rows
