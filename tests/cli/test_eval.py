@@ -149,3 +149,12 @@ class TestTokenizer:
         result = run(paths[1], "--tokenizer", tmp_path / "none")
         assert result.exit_code == 1
         assert "unknown tokenizer" in result.stderr and "Traceback" not in result.output
+
+
+def test_the_self_test_needs_the_published_weights_and_all_metrics(paths, tmp_path, monkeypatch):
+    monkeypatch.delenv("VARCLI_INCEPTION_WEIGHTS", raising=False)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    samples, real = paths
+    result = runner.invoke(app, ["eval", str(samples), "--ref", str(real), "--self-test"])
+    assert result.exit_code == 1 and "Inception weights are not at hand" in result.stderr
+    assert run(samples, "--self-test", "--metrics", "fid").exit_code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 
 import golden_eval
 import numpy as np
@@ -123,7 +124,7 @@ def test_a_recorded_reference_that_moved_is_told():
 
 def test_emoji64_is_a_reference_by_name(tmp_path):
     folder = write_pngs(tmp_path / "samples", draw(4, seed=1, side=64))
-    images = open_samples(folder)
+    images = open_samples(folder, ExitStack())
     with ExitStack() as stack:
         reference = open_reference("emoji64", images.side, stack)
         assert reference.shown == "emoji64, val images"
@@ -139,7 +140,7 @@ def test_stored_statistics_take_the_place_of_images(tmp_path, samples, real):
     np.savez(tmp_path / "ref.npz", mu=mean, sigma=covariance)
     result = evaluate(samples, offline(reference=str(tmp_path / "ref.npz")))
     assert result.skipped["recall_lite0"] == "no features of the reference are known"
-    sampled = extract_features(open_samples(samples).images, extractor).features
+    sampled = extract_features(open_samples(samples, ExitStack()).images, extractor).features
     assert result.metrics["fd_lite0"] == pytest.approx(frechet_distance(found.features, sampled), rel=1e-6)
     np.savez(tmp_path / "both.npz", mu=mean, sigma=covariance, arr_0=drawn)
     assert not evaluate(samples, offline(reference=str(tmp_path / "both.npz"))).skipped
@@ -183,7 +184,7 @@ def test_features_that_are_not_numbers_stop_it(samples):
     extractor = choose_extractor("lite0")
     extractor.network.head.conv.bias[0] = torch.nan
     with pytest.raises(NumericError):
-        extract_features(open_samples(samples).images, extractor)
+        extract_features(open_samples(samples, ExitStack()).images, extractor)
 
 
 def test_inception_gives_the_names_of_papers(tmp_path, samples, real):
@@ -252,3 +253,20 @@ def test_features_of_a_gpu_are_those_of_the_cpu(name, tmp_path):
     for part in ("features", "logits", *(["spatial"] if weights else [])):
         on_cpu, on_gpu = (getattr(found, part) for found in by_device)
         assert np.abs(on_cpu - on_gpu).max() <= 1e-3, part
+
+
+def test_an_iterator_of_batches_gives_the_numbers_of_its_images(tmp_path):
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (24, 3, 32, 32), dtype=np.uint8))
+    config = EvalConfig(features="lite0", device="cpu", metrics=("precision", "inception_score"), floor=False)
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, arr_0=images.numpy()[::-1].transpose(0, 2, 3, 1).copy())
+    config = replace(config, reference=str(reference))
+    streamed = evaluate(iter(images.split(7)), config)
+    assert streamed.metrics == evaluate(images, config).metrics
+    assert streamed.samples["count"] == 24
+    with pytest.raises(ShapeError, match="no images"):
+        evaluate(iter(()), config)
+    with pytest.raises(ShapeError, match="one size"):
+        evaluate(iter([images, images[..., :16]]), config)
+    with pytest.raises(ShapeError, match="uint8"):
+        evaluate(iter([images.float()]), config)

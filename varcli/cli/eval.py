@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ from varcli.cli.options import (
     WorkersOption,
 )
 from varcli.cli.reconstruction import evaluate_tokenizer
-from varcli.errors import ConfigError
+from varcli.errors import ConfigError, DataError
 from varcli.progress import ignore
 
 _NEIGHBOURS = 12  # samples in a report beside the real images nearest to them
@@ -80,6 +80,10 @@ def evaluate(
     inception_weights: InceptionWeightsOption = None,
     allow_unknown_weights: AllowUnknownWeightsOption = False,
     floor: Annotated[bool, Option("--floor/--no-floor", help="Also measure real images in the samples' place.")] = True,
+    self_test: Annotated[
+        bool,
+        Option("--self-test", help="Compare with the original evaluator's numbers, on a sample file of the ADM suite."),
+    ] = False,
     html: Annotated[
         Path | None, Option("--html", help="Also write a report as a page of HTML.", show_default=False)
     ] = None,
@@ -99,7 +103,7 @@ def evaluate(
     if tokenizer is not None:
         # the reference is always the same crops, every number is computed, and nothing is kept
         others = {"--ref": ref, "--metrics": metrics, "--html": html, "--cache": cache}
-        others |= {"--no-floor": not floor, "--no-keep": not keep}
+        others |= {"--no-floor": not floor, "--no-keep": not keep, "--self-test": self_test}
         _refuse(others, "makes no sense with --tokenizer, which measures against the very images that it reconstructs")
         evaluate_tokenizer(
             tokenizer,
@@ -125,6 +129,10 @@ def evaluate(
     names = None if metrics is None else tuple(name.strip() for name in metrics.split(",") if name.strip())
     if names == ():
         raise ConfigError("`--metrics` names none", "e.g. --metrics fid,precision,recall")
+    if self_test:
+        others = {"--metrics": metrics, "--allow-unknown-weights": allow_unknown_weights, "--html": html}
+        _refuse(others, "makes no sense with --self-test, which needs all numbers, of the published weights")
+        features, floor = "inception", False
     config = EvalConfig(
         reference=ref,
         metrics=names,
@@ -149,6 +157,9 @@ def evaluate(
         if not world.is_first:
             return
     result = run(samples, config, on_step=console.progress("reading images"))
+    if self_test:
+        _show_self_test(result, json)
+        return
     if html:
         write_report(result, html)
         console.note(f"report: {html}")
@@ -156,6 +167,28 @@ def evaluate(
         console.json_result(result.to_json())
         return
     show(result)
+
+
+def _show_self_test(result: Any, as_json: bool) -> None:
+    """Print the comparison with the original evaluator; raise DataError if a number differs by too much."""
+    from varcli.metrics.self_test import compare_with_original
+
+    compared = compare_with_original(result)
+    if as_json:
+        console.json_result({**result.to_json(), "self_test": [asdict(entry) for entry in compared]})
+    else:
+        rows = [
+            (entry.name, f"{entry.original:.5g}", f"{entry.here:.5g}", f"{entry.here - entry.original:+.4f}",
+             f"{entry.allowed:g}", "agrees" if entry.agrees else "differs")
+            for entry in compared
+        ]  # fmt: skip
+        console.table(("metric", "TensorFlow", "varcli", "difference", "allowed", ""), rows)
+    wrong = [entry.name for entry in compared if not entry.agrees]
+    if wrong:
+        raise DataError(
+            f"the self-test failed: {', '.join(wrong)} differ from the original evaluator's",
+            "are these the published sample and reference files? Else please report it with this table",
+        )
 
 
 def _refuse(given: dict[str, Any], reason: str) -> None:

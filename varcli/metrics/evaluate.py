@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,14 @@ _SETTINGS = (
 _SHUFFLE_SEED = 0  # of the order in which the Inception Score reads a folder, and of the halves of a reference
 
 
-def evaluate(samples: Path | Tensor, config: EvalConfig | None = None, on_step: OnStep = ignore) -> EvalResult:
+def evaluate(
+    samples: Path | Tensor | Iterable[Tensor], config: EvalConfig | None = None, on_step: OnStep = ignore
+) -> EvalResult:
     """Measure samples against a reference.
 
-    samples: a folder of images, an npz file (images, or statistics alone), or uint8 (N, 3, H, W). Raises VarcliError
-    children for input that cannot be used, and DataError if not one of the metrics can be computed.
+    samples: a folder of images, an npz file (images, or statistics alone), uint8 (N, 3, H, W), or an iterator of such
+    batches. Raises VarcliError children for input that cannot be used, and DataError if not one of the metrics can be
+    computed.
     """
     with contextlib.ExitStack() as stack:
         run = _Run(samples, config or EvalConfig(), on_step, ALONE, stack)
@@ -73,7 +76,7 @@ def fill_cache(samples: Path, config: EvalConfig, on_step: OnStep, world: World)
 
 
 def compute_metrics(
-    samples: FeatureSet | Rows | Path | str,
+    samples: FeatureSet | Rows | Path | str | Iterator[Tensor],
     reference: FeatureSet | Rows | Path | str | None = None,
     names: Sequence[str] | None = None,
     *,
@@ -83,12 +86,13 @@ def compute_metrics(
 ) -> dict[str, float]:
     """Compute metrics of samples against a reference and return them by name.
 
-    samples, reference: features (N, D) as arrays; FeatureSets, which may hold logits and statistics too; uint8 images
-    (N, 3, H, W) as samples; or paths as in `evaluate`. names: of METRICS; None takes the usual ones that can be computed.
-    features, inception_weights: the network that reads images, see `choose_extractor`. Raises DataError if a metric of
-    `names` cannot be computed.
+    samples, reference: features (N, D) as arrays; FeatureSets, which may hold logits and statistics too; paths as in
+    `evaluate`; as samples also uint8 images (N, 3, H, W), or an iterator of batches of them. names: of METRICS; None takes
+    the usual ones that can be computed. features, inception_weights: the network that reads images, see
+    `choose_extractor`. Raises DataError if a metric of `names` cannot be computed.
     """
-    if isinstance(samples, (str, Path)) or (isinstance(samples, Tensor) and samples.dtype == torch.uint8):
+    are_pixels = isinstance(samples, Tensor) and samples.dtype == torch.uint8
+    if are_pixels or isinstance(samples, (str, Path, Iterator)):
         config = EvalConfig(
             reference=None if reference is None else str(reference),
             metrics=None if names is None else tuple(names),
@@ -114,10 +118,15 @@ class _Run:
     """One evaluation with one network: what is opened, then read, then measured."""
 
     def __init__(
-        self, samples: Path | Tensor, config: EvalConfig, on_step: OnStep, world: World, stack: contextlib.ExitStack
+        self,
+        samples: Path | Tensor | Iterable[Tensor],
+        config: EvalConfig,
+        on_step: OnStep,
+        world: World,
+        stack: contextlib.ExitStack,
     ) -> None:
         self.config, self.on_step, self.world = config, on_step, world
-        self.opened = open_samples(samples)
+        self.opened = open_samples(samples, stack)
         device = resolve_device(config.device)
         self.extractor = choose_extractor(
             config.features, config.inception_weights, device, config.allow_unknown_weights

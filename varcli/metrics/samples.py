@@ -1,7 +1,9 @@
-"""Samples as a user hands them over: a folder, an npz file, or images in memory."""
+"""Samples as a user hands them over: a folder, an npz file, images in memory, or an iterator of them."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from varcli.artifacts.verify import is_artifact, read_manifest
 from varcli.data.paths import escape_path
 from varcli.errors import ArtifactError
 from varcli.metrics.npz import SPATIAL_KEYS, STATISTICS_KEYS, open_npz
-from varcli.metrics.sources import ImageSource, from_folder, from_npz, from_tensor
+from varcli.metrics.sources import ImageSource, from_batches, from_folder, from_npz, from_tensor
 from varcli.metrics.statistics import Statistics
 
 
@@ -33,13 +35,18 @@ class Samples:
         return None if self.images is None else (self.images.height, self.images.width)
 
 
-def open_samples(samples: Path | Tensor) -> Samples:
-    """Open a folder of images, an npz file, or uint8 (N, 3, H, W).
+def open_samples(samples: Path | Tensor | Iterable[Tensor], stack: contextlib.ExitStack) -> Samples:
+    """Open a folder of images, an npz file, uint8 (N, 3, H, W), or an iterator of such batches, which is read once here.
+
+    stack: holds temporary files.
 
     Raises ArtifactError for a path that is none of these, and what `from_folder` and `open_npz` raise.
     """
     if isinstance(samples, Tensor):
         source = from_tensor(samples)
+        return Samples(images=source, shown=source.shown)
+    if not isinstance(samples, (str, Path)):
+        source = from_batches(samples, stack)
         return Samples(images=source, shown=source.shown)
     path = Path(samples)
     shown = escape_path(str(path))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +191,30 @@ def from_tensor(images: Tensor, labels: np.ndarray | None = None) -> ImageSource
         read=lambda start, stop, batch_size, workers: iter(images[start:stop].cpu().split(batch_size)),
         labels=labels,
     )
+
+
+def from_batches(batches: Iterable[Tensor], stack: contextlib.ExitStack) -> ImageSource:
+    """Use images that come in batches, uint8 (n, 3, H, W), and are not kept in memory but in a temporary file.
+
+    stack: holds that file, of 3 H W bytes an image. Raises ShapeError for other batches, images of two sizes, or none at
+    all, DataError if the disk is full.
+    """
+    file = stack.enter_context(tempfile.TemporaryFile(prefix="varcli-"))  # noqa: SIM115
+    count, shape = 0, None
+    for batch in batches:
+        source = from_tensor(batch)
+        if shape not in (None, (source.height, source.width)):
+            raise ShapeError(f"images must have one size, but after {shape} came {(source.height, source.width)}")
+        count, shape = count + source.count, (source.height, source.width)
+        try:
+            file.write(batch.cpu().contiguous().numpy())
+            file.flush()
+        except OSError as error:
+            raise DataError(f"images cannot be kept in `{tempfile.gettempdir()}`: {error.strerror}") from None
+    if shape is None:
+        raise ShapeError("there are no images: the iterator was empty")
+    pixels = np.memmap(file, np.uint8, "c", shape=(count, 3, *shape))
+    return replace(from_tensor(torch.from_numpy(pixels)), shown="images from an iterator")
 
 
 def _read_tree(
