@@ -45,7 +45,10 @@ def sample(
     ] = None,
     smooth: Annotated[
         bool | None,
-        Option("--smooth/--no-smooth", help="Blend codes: smoother pictures, not for metrics. Default: no."),
+        Option(
+            "--smooth/--no-smooth",
+            help="Blend codes: smoother pictures, not for metrics. Default: as the model suggests.",
+        ),
     ] = None,
     npz: Annotated[bool, Option("--npz", help="Also write samples.npz, as evaluation suites read it.")] = False,
     seed: SeedOption = 0,

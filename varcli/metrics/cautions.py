@@ -151,8 +151,8 @@ def _truncated(found: Findings) -> Iterator[str]:
 def _smooth(found: Findings) -> Iterator[str]:
     if found.info.get("smooth"):
         yield (
-            "the samples were drawn with --smooth, which is for looking at: it narrows what is drawn, and published numbers "
-            "are without it; draw again without"
+            "the samples were drawn smooth (--smooth, or the model suggests it), which is for looking at: it narrows what is "
+            "drawn, and published numbers are without it; draw again with --no-smooth"
         )
 
 
