@@ -11,11 +11,12 @@ from varcli.artifacts.manifest import write_manifest
 from varcli.artifacts.write import atomic_folder, write_tensors
 from varcli.progress import OnStep, ignore
 from varcli.training.ema import Ema
-from varcli.training.loop import LoopConfig, LoopResult, Trainer, run_training
+from varcli.training.loop import LoopConfig, LoopResult, run_training
 from varcli.training.optim import Updater, build_adamw
 from varcli.training.run import open_run
 from varcli.training.schedules import Schedule
 from varcli.training.state import Parts
+from varcli.training.trainer import Trainer
 
 
 class ToyTrainer(Trainer):

@@ -6,7 +6,7 @@ import pytest
 
 from varcli.errors import ConfigError
 from varcli.report.online import evaluate_request
-from varcli.training.trainer import SampleRequest
+from varcli.training.transformer_trainer import SampleRequest
 
 
 def test_samples_are_measured_against_the_images_the_model_learns_from(

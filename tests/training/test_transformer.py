@@ -23,7 +23,7 @@ from varcli.tokenizer.store import load_tokenizer, save_tokenizer
 from varcli.training import TrainConfig, train_transformer
 from varcli.training.runlog import read_log
 from varcli.training.source import CodesSource
-from varcli.training.trainer import TransformerTrainer
+from varcli.training.transformer_trainer import TransformerTrainer
 from varcli.transformer.store import load_transformer
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from varcli.training.plan import TrainPlan
-    from varcli.training.trainer import SampleRequest
+    from varcli.training.transformer_trainer import SampleRequest
 
 _GRID_CLASSES = 10  # shown in the pictures drawn while training, one row each
 

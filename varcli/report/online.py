@@ -9,7 +9,7 @@ from varcli.metrics.feature_cache import default_cache
 from varcli.metrics.reference import default_reference
 from varcli.metrics.result import EvalConfig
 from varcli.sampling import Generator
-from varcli.training.trainer import SampleRequest
+from varcli.training.transformer_trainer import SampleRequest
 
 
 def evaluate_request(request: SampleRequest, count: int, cache: Path | None = None) -> dict[str, float]:

@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from varcli.artifacts.write import prepare_folder
 from varcli.data.samples import save_png
@@ -37,60 +35,14 @@ from varcli.training.meter import Meter, SkipPolicy
 from varcli.training.run import RunFolder
 from varcli.training.runlog import RunLog
 from varcli.training.signals import StopRequest
-from varcli.training.state import Parts, undisturbed
+from varcli.training.state import undisturbed
+from varcli.training.trainer import Trainer
 
 OnValidation = Callable[[Path], None]
 
 SAMPLES_NAME = "samples"
 _LOOKS = ("validate", "sample", "eval")  # what may be due after a step beside log and checkpoint
 _HEARTBEAT = 0.5  # seconds between reports that only move the bar
-
-
-class Trainer:
-    """What is trained: one step of it, and what to do with the result. Only `train_step` must be overridden.
-
-    parts: everything that changes, see `Parts`. batch_size: images a step, for rates. published: name of the folder
-    within the run that `publish` writes, which is its kind too. shown: names of numbers worth a place in the progress
-    line.
-    """
-
-    parts: Parts
-    batch_size: int
-    published: str
-    shown: tuple[str, ...] = ("loss", "accuracy")
-    memory_hint: str = "use a smaller --batch-size"
-    numeric_hint: str = SkipPolicy.hint  # what to change when the loss is no longer a number
-
-    def train_step(self, step: int) -> Mapping[str, Tensor | float]:
-        """Do optimizer step `step`, counted from 0, and return numbers for the log.
-
-        0-d tensors stay on the device and are averaged between log lines; floats are logged as they are last.
-        "skipped", if there (`Updater.finish` gives it), is 1 for a step that changed nothing because it was no number.
-        """
-        raise NotImplementedError
-
-    def validate(self) -> Mapping[str, Any]:
-        """Measure on held-out data; "loss" decides which weights are best. Nothing if there is none to measure on."""
-        return {}
-
-    def find_faults(self, step: int, validation: Mapping[str, Any]) -> Mapping[str, str]:
-        """Say what a validation after `step` steps shows to be wrong: warnings by what they are about, each told once a run."""
-        return {}
-
-    def publish(self, folder: Path, info: Mapping[str, Any]) -> None:
-        """Write the weights that later commands read, whole or not at all, to `folder`."""
-
-    def draw(self, step: int) -> Image.Image | None:
-        """Draw a picture of where things stand after `step` steps; None if there is nothing to draw with."""
-        return None
-
-    def evaluate(self, step: int) -> Mapping[str, float]:
-        """Measure samples drawn after `step` steps, as `varcli eval` does; nothing if there is nothing to draw with."""
-        return {}
-
-    def describe_batch(self, step: int) -> dict[str, Any]:
-        """Say which samples step `step` took, as JSON: logged if the step was no number."""
-        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

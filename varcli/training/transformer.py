@@ -25,7 +25,7 @@ from varcli.training.plan import TrainPlan
 from varcli.training.run import copy_artifact, open_run
 from varcli.training.settings import FREE, TrainConfig, resolve
 from varcli.training.source import CodesSource
-from varcli.training.trainer import OnEvaluate, OnSamples, SampleRequest, TransformerTrainer
+from varcli.training.transformer_trainer import OnEvaluate, OnSamples, SampleRequest, TransformerTrainer
 from varcli.transformer.store import KIND
 
 __all__ = ["OnPlan", "OnSamples", "SampleRequest", "TrainConfig", "TrainPlan", "TrainResult", "train_transformer"]

@@ -1,0 +1,174 @@
+"""The trainer of a tokenizer: its model, judges, optimizers and images, plugged into the shared loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from varcli.artifacts.write import atomic_folder
+from varcli.data.samples import make_grid
+from varcli.devices import resolve_precision
+from varcli.tokenizer.health import count_codes, restart_dead_codes
+from varcli.tokenizer.initialize import init_codebook
+from varcli.tokenizer.judge import evaluate_tokenizer, scale_strip
+from varcli.tokenizer.store import KIND, save_tokenizer
+from varcli.training.ema import Ema
+from varcli.training.optim import Updater, build_adamw
+from varcli.training.pixels import Pixels
+from varcli.training.schedules import Schedule
+from varcli.training.state import Parts
+from varcli.training.tokenizer_health import collapse_warnings
+from varcli.training.tokenizer_objective import (
+    TokenizerObjective,
+    TokenizerTrainConfig,
+    adversarial_share,
+    augment,
+    draw_kept_scales,
+)
+from varcli.training.trainer import Trainer
+
+_USAGE_DECAY = 0.99  # of the running counts that say which codes are dead
+_DEAD_SHARE = 0.02  # of a code's fair share of the picks, below which it is dead
+_STRIP_IMAGES = 16  # held-out images in the pictures of a run
+_INIT_IMAGES = 512  # whose features a codebook begins with
+_MEASURED_IMAGES = 1024  # of the training images, that validation takes where none are held out
+
+
+class TokenizerTrainer(Trainer):
+    """Reconstruction, quantizer and a late discriminator, plugged into the shared loop.
+
+    images: what to learn from. held_out: what to measure on; if it is empty, validation takes images of training.
+    """
+
+    published = KIND
+    shown = ("loss", "psnr", "codebook_used", "codes_restarted")
+    numeric_hint = (
+        "start anew with a lower learning rate (--lr), --precision fp32, or a lower --set discriminator_learning_rate if "
+        "the discriminator was at work"
+    )
+
+    def __init__(self, config: TokenizerTrainConfig, images: Pixels, held_out: Tensor, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.images, self.held_out, self.device = config, images, held_out, device
+        self.measured = held_out if len(held_out) else images.spread(_MEASURED_IMAGES)
+        self.batch_size = config.batch_size
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.objective = TokenizerObjective(config, device, resolve_precision(config.precision, device))
+        self.model = self.objective.tokenizer.train()
+        self.average = Ema(self.model, config.ema_decay)
+        schedule = Schedule(
+            total_steps=config.steps,
+            learning_rate=config.learning_rate,
+            shape="cos",
+            warmup_steps=min(config.warmup_steps, config.steps // 4),
+            final=config.final_learning_rate,
+            weight_decay=0.0,
+        )
+        # beta2 as of GANs: the codebook's and the discriminator's gradients change fast
+        self.updater = Updater(
+            build_adamw(self.model, betas=(0.9, 0.99)), schedule, grad_clip=config.grad_clip, ema=self.average
+        )
+        modules: dict[str, torch.nn.Module] = {KIND: self.model}
+        optimizers = {KIND: self.updater.optimizer}
+        self.judge: Updater | None = None
+        if self.objective.discriminator is not None:
+            constant = Schedule(
+                total_steps=config.steps,
+                learning_rate=config.discriminator_learning_rate,
+                shape="constant",
+                weight_decay=0.0,
+            )
+            self.judge = Updater(build_adamw(self.objective.discriminator, betas=(0.5, 0.9)), constant)
+            modules |= {"discriminator": self.objective.discriminator, "lecam": self.objective.lecam}
+            optimizers["discriminator"] = self.judge.optimizer
+        self.parts = Parts(
+            modules=modules,
+            optimizers=optimizers,
+            averages={KIND: self.average},
+            generators={"batches": self.generator},
+        )
+
+    def train_step(self, step: int) -> Mapping[str, Tensor | float]:
+        """One step of the tokenizer and, once it learns, one of the discriminator; see `Trainer.train_step`."""
+        config = self.config
+        if step == 0 and config.codebook_init == "data":
+            self._init_codebook()
+        images = augment(self.images.batch(step * config.batch_size, config.batch_size), config, self.generator)
+        kept = draw_kept_scales(len(images), config, self.generator, self.device)
+        share = adversarial_share(step, config)
+        self.updater.begin(step)
+        numbers, reconstructions, codes = self.objective.backward_tokenizer(images, kept, share, self.generator)
+        loss = numbers["pixel_loss"] + numbers["quantizer_loss"]
+        numbers = {"loss": loss, **numbers, **self.updater.finish(loss)}
+        if self.judge is not None and step >= 0.8 * config.adversarial_start * config.steps:
+            self.judge.begin(step)
+            numbers |= self.objective.backward_discriminator(step, images, reconstructions, self.generator)
+            judged = self.judge.finish(numbers["discriminator_loss"])
+            numbers["discriminator_gradient_norm"] = judged["gradient_norm"]
+            numbers["skipped"] = torch.maximum(numbers["skipped"], judged["skipped"])
+        numbers["codes_restarted"] = float(self._keep_codes_alive(step, images, codes))
+        return numbers
+
+    @torch.no_grad()
+    def _init_codebook(self) -> None:
+        """Put the codebook where the features of some images are, before the first step."""
+        images = self.images.spread(max(_INIT_IMAGES, self.batch_size))
+        chunks = [self.model.features(chunk.float() / 127.5 - 1) for chunk in images.split(self.batch_size)]
+        init_codebook(self.model.quantizer, torch.cat(chunks), self.generator)
+        self.average.shadow["quantizer.codebook.weight"].copy_(self.model.quantizer.codebook.weight)
+
+    @torch.no_grad()
+    def _keep_codes_alive(self, step: int, images: Tensor, codes_BL: Tensor) -> int:
+        """Count the picks of this step; now and then move codes nobody picks onto what the batch left over."""
+        config, quantizer = self.config, self.model.quantizer
+        counts = count_codes(codes_BL, quantizer.scales, quantizer.vocab_size)
+        quantizer.usage_KV.lerp_(counts, 1 - _USAGE_DECAY)
+        every = config.restart_every
+        if not every or (step + 1) % every or step > config.restart_until * config.steps:
+            return 0
+        usage_V = quantizer.usage_KV.sum(dim=0)
+        dead_V = usage_V < _DEAD_SHARE * codes_BL.numel() / quantizer.vocab_size
+        moved = restart_dead_codes(quantizer, self.model.features(images), dead_V, self.generator)
+        table = quantizer.codebook.weight
+        self.average.shadow["quantizer.codebook.weight"][moved] = table[moved]
+        for moment in self.updater.optimizer.state.get(table, {}).values():
+            if moment.shape == table.shape:
+                moment[moved] = 0
+        quantizer.usage_KV[:, moved] = codes_BL.numel() / quantizer.vocab_size / quantizer.scales.num_scales
+        return len(moved)
+
+    @torch.no_grad()
+    def validate(self) -> Mapping[str, Any]:
+        """Reconstruction and codebook health of the averaged weights, on held-out images if there are any."""
+        self.model.eval()
+        with self.average.swapped():
+            report = evaluate_tokenizer(self.model, self.measured, self.objective.perceptual)
+        self.model.train()
+        return {"loss": report["l1"] + report["mse"] + report.get("perceptual", 0.0), **report}
+
+    def find_faults(self, step: int, validation: Mapping[str, Any]) -> Mapping[str, str]:
+        """Collapsed scales and a codebook that dies, with settings to change; see `collapse_warnings`."""
+        return collapse_warnings(self.config, step, validation)
+
+    @torch.no_grad()
+    def draw(self, step: int) -> Image.Image | None:
+        """Held-out images on top, then their decode after 1, 2, ... K scales."""
+        self.model.eval()
+        with self.average.swapped():
+            strip = scale_strip(self.model, Pixels(self.measured).spread(_STRIP_IMAGES))
+        self.model.train()
+        return make_grid(strip.flatten(0, 1).cpu(), columns=strip.shape[1])
+
+    def describe_batch(self, step: int) -> dict[str, Any]:
+        """Places of the images of step `step` in the training split."""
+        return {"seed": self.config.seed, "rows": self.images.rows(step * self.batch_size, self.batch_size)}
+
+    def publish(self, folder: Path, info: Mapping[str, Any]) -> None:
+        """Write the averaged weights as a tokenizer folder."""
+        with self.average.swapped(), atomic_folder(folder) as temporary:
+            save_tokenizer(temporary, self.model, info)

@@ -1,0 +1,307 @@
+"""The trainer of a transformer: its model, optimizer and data, plugged into the shared loop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from varcli.artifacts.write import atomic_folder
+from varcli.devices import resolve_precision
+from varcli.errors import ConfigError
+from varcli.order import ScaleOrder
+from varcli.progress import OnStep, Step, ignore
+from varcli.tokenizer import VQVAE
+from varcli.training.ema import Ema
+from varcli.training.objective import NUMBERS, Objective
+from varcli.training.optim import LossScale, Updater, build_adamw
+from varcli.training.plan import TrainPlan, activation_bytes, fit_micro_batch, process_bytes, state_bytes, time_once
+from varcli.training.recipes import choose_recipe
+from varcli.training.settings import TrainConfig
+from varcli.training.source import CodesSource
+from varcli.training.state import Parts, undisturbed
+from varcli.training.trainer import Trainer
+from varcli.transformer import Transformer, drop_labels
+from varcli.transformer.store import KIND, save_transformer
+
+_COMPILE_FROM = 500  # optimizer steps that make up for the minute of compiling
+_CALIBRATION_IMAGES = 8  # timed on a CPU, where a whole micro-batch may take long
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """What a picture of a run's state is drawn with: the weights that would be sampled from now, in eval mode."""
+
+    step: int  # optimizer steps done
+    transformer: Transformer
+    tokenizer: VQVAE
+    classes: tuple[str, ...]  # names by index
+    source: str | None = None  # the images the codes were made of, as the cache names them
+
+
+OnSamples = Callable[[SampleRequest], Image.Image | None]
+OnEvaluate = Callable[[SampleRequest, int], Mapping[str, float]]
+"""Called with the number of images to draw; returns metrics by name."""
+
+
+class TransformerTrainer(Trainer):
+    """Next-scale prediction with teacher forcing.
+
+    config: resolved. source, validation: what to learn from and to measure on; None holds nothing out. classes: names
+    by index. on_samples: draws pictures. on_evaluate: measures samples, of images that
+    learned from `images`. on_step: told if torch.compile has to be left out.
+    """
+
+    published = KIND
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer: VQVAE,
+        source: CodesSource,
+        validation: CodesSource | None,
+        *,
+        classes: tuple[str, ...],
+        device: torch.device,
+        on_samples: OnSamples | None = None,
+        on_evaluate: OnEvaluate | None = None,
+        images: str | None = None,
+        on_step: OnStep = ignore,
+    ) -> None:
+        self.config, self.tokenizer, self.source, self.validation = config, tokenizer, source, validation
+        self.classes, self.device, self.on_samples, self.on_step = classes, device, on_samples, on_step
+        self.on_evaluate, self.images = on_evaluate, images
+        self.batch_size = config.batch_size
+        self.order = ScaleOrder(tokenizer.quantizer)
+        self.model_config = config.transformer(
+            step_lengths=self.order.step_lengths,
+            vocab_size=tokenizer.config.vocab_size,
+            code_channels=tokenizer.config.code_channels,
+            num_classes=len(classes),
+        )
+        torch.manual_seed(config.seed)
+        # drawn on the CPU, so that a seed means the same weights on every device
+        self.model = Transformer(self.model_config).to(device).train()
+        self.average = Ema(self.model, config.ema_decay) if config.ema_decay else None
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.dtype = resolve_precision(config.precision, device)
+        loss_scale = LossScale(device) if self.dtype == torch.float16 else None
+        self.updater = Updater(
+            build_adamw(self.model, self.model.undecayed_parameters()),
+            config.optimizer_schedule(),
+            grad_clip=config.grad_clip,
+            ema=self.average,
+            loss_scale=loss_scale,
+        )
+        self.parts = Parts(
+            modules={KIND: self.model},
+            optimizers={KIND: self.updater.optimizer},
+            averages={KIND: self.average} if self.average else {},
+            generators={"labels": self.generator},
+            loss_scales={KIND: loss_scale} if loss_scale else {},
+        )
+        self.objective = Objective(self.model, self.order, device, self.dtype, config.label_smoothing)
+        self.is_compiled = self._wants_compile()
+        self.micro_batch_size = self._choose_micro_batch()
+        if self.is_compiled:
+            self.objective.compile(with_graphs=self._wants_graphs())
+        self.memory_hint = (
+            f"--set micro_batch_size={max(1, self.micro_batch_size // 2)} takes the same batch in smaller pieces; "
+            "--precision bf16 halves what is kept"
+        )
+
+    # -- what the loop calls -------------------------------------------------------------------------------------
+
+    def train_step(self, step: int) -> Mapping[str, Tensor | float]:
+        """One optimizer step on batch `step`, in micro-batches; see `Trainer.train_step`."""
+        codes_BL, labels_B = self.source.batch(step)
+        # drawn for the whole batch, so that cutting it up does not change what is dropped
+        rate = self.config.label_dropout
+        labels_B = drop_labels(labels_B, self.model_config.num_classes, rate, self.generator)
+        self.updater.begin(step)
+        total = torch.zeros(len(NUMBERS), device=self.device)
+        size = self.micro_batch_size
+        for codes, labels in zip(codes_BL.split(size), labels_B.split(size), strict=True):
+            share = len(codes) / len(codes_BL)
+            loss, numbers = self.objective.loss(codes, labels)
+            self.updater.backward(loss * share)
+            total += numbers * share
+        values = dict(zip(NUMBERS, total.unbind(), strict=True))
+        epoch = (step + 1) * self.batch_size / self.source.num_images
+        return {**values, **self.updater.finish(values["loss"]), "epoch": epoch}
+
+    @torch.no_grad()
+    def validate(self) -> Mapping[str, Any]:
+        """Loss and accuracy on held-out images, whole and by scale, no label dropped, of the weights to sample from."""
+        if self.validation is None:
+            return {}
+        count = 0
+        sums = torch.zeros(2, len(self.order.step_lengths), dtype=torch.float64)
+        with self._sampling_weights():
+            for codes, labels in self.validation.all_rows(self.micro_batch_size, self.config.validation_images):
+                sums += torch.stack(self.objective.sums_by_step(codes, labels)).cpu()
+                count += len(codes)
+        lengths = torch.tensor(self.order.step_lengths, dtype=torch.float64)
+        by_scale = sums.cpu() / count
+        means = (by_scale * lengths).sum(dim=1) / lengths.sum()
+        return {
+            "loss": means[0].item(),
+            "loss_last": by_scale[0, -1].item(),
+            "accuracy": means[1].item(),
+            "accuracy_last": by_scale[1, -1].item(),
+            "loss_by_scale": by_scale[0].tolist(),
+            "accuracy_by_scale": by_scale[1].tolist(),
+            "images": count,
+        }
+
+    def publish(self, folder, info: Mapping[str, Any]) -> None:
+        """Write the weights to sample from, averaged if there is an average, as a transformer folder."""
+        described = {
+            "tokenizer": self.tokenizer.fingerprint(),
+            "patch_nums": list(self.tokenizer.config.patch_nums),
+            "order": "scale",
+            "classes": list(self.classes),
+            "averaged": self.average is not None,
+            **info,
+        }
+        with self._sampling_weights(), atomic_folder(folder) as temporary:
+            save_transformer(temporary, self.model, described)
+
+    @torch.no_grad()
+    def draw(self, step: int) -> Image.Image | None:
+        """Let the caller's hook draw with the weights to sample from."""
+        if self.on_samples is None:
+            return None
+        with self._sampling_weights():
+            return self.on_samples(self._request(step))
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        """Let the caller's hook measure samples of the weights to sample from."""
+        if self.on_evaluate is None:
+            return {}
+        with self._sampling_weights():
+            return self.on_evaluate(self._request(step), self.config.eval_samples)
+
+    def _request(self, step: int) -> SampleRequest:
+        return SampleRequest(
+            step=step,
+            transformer=self.model,
+            tokenizer=self.tokenizer,
+            classes=self.classes,
+            source=self.images,
+        )
+
+    def describe_batch(self, step: int) -> dict[str, Any]:
+        """Rows of the codes cache's training split that step `step` took."""
+        rows = self.source.rows(step * self.batch_size, self.batch_size)
+        return {"seed": self.config.seed, "rows": rows[:4096].tolist()}
+
+    @contextlib.contextmanager
+    def _sampling_weights(self) -> Iterator[None]:
+        """Eval mode and the average's weights, for a while."""
+        self.model.eval()
+        try:
+            with self.average.swapped() if self.average is not None else contextlib.nullcontext():
+                yield
+        finally:
+            self.model.train()
+
+    # -- before the start ----------------------------------------------------------------------------------------
+
+    def prepare(self, start_step: int) -> TrainPlan:
+        """Compile, time one micro-batch without learning from it, and say what the run will take.
+
+        start_step: optimizer steps done already. If torch.compile fails and was not asked for, it is left out.
+        """
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        images = self.micro_batch_size if on_cuda else min(self.micro_batch_size, _CALIBRATION_IMAGES)
+        codes, labels = (tensor[:images] for tensor in self.source.batch(start_step))
+
+        def try_out() -> None:
+            self.updater.optimizer.zero_grad(set_to_none=True)
+            self.updater.backward(self.objective.loss(codes, labels)[0])
+
+        with undisturbed(self.device):
+            try:
+                try_out()
+            except RuntimeError as error:
+                if not self.is_compiled or self.config.compile or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.is_compiled = False
+                self.objective.uncompile()
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                self.on_step(Step(start_step, self.config.steps, message=f"going without torch.compile: {reason}"))
+                try_out()
+            seconds = time_once(try_out, self.device)
+        self.updater.optimizer.zero_grad(set_to_none=True)
+        memory_bytes = torch.cuda.max_memory_allocated(self.device) if on_cuda else process_bytes()
+        memory_bytes += 8 * self.model.num_parameters  # the moments come with the first step
+        memory_bytes += (self.micro_batch_size - images) * self._image_bytes()
+        steps_left = self.config.steps - start_step
+        return TrainPlan(
+            recipe=choose_recipe(self.config.depth, self.device.type).name,
+            device=torch.cuda.get_device_name(self.device) if on_cuda else self.device.type,
+            precision=self.config.precision,
+            is_compiled=self.is_compiled,
+            depth=self.model_config.depth,
+            width=self.model_config.width,
+            num_parameters=self.model.num_parameters,
+            tokens_per_image=self.order.seq_len,
+            num_images=self.source.num_images,
+            num_views=int(self.source.num_views.max()),
+            num_validation=0 if self.validation is None else len(self.validation.labels),
+            num_classes=len(self.classes),
+            start_step=start_step,
+            steps=self.config.steps,
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            learning_rate=self.config.learning_rate,
+            memory_bytes=memory_bytes,
+            seconds=steps_left * seconds * self.batch_size / images,
+            notes=self._notes(),
+        )
+
+    def checkpoint_bytes(self) -> int:
+        """Size of one checkpoint: weights, two moments, and the average."""
+        return self.model.num_parameters * (16 if self.average is not None else 12)
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = []
+        if self.validation is None:
+            notes.append("the codes have no val split: nothing is held out, so overfitting would not be seen")
+        if self.model.num_parameters > 20 * self.source.num_images * self.order.seq_len:
+            notes.append("few images for so many parameters: expect the model to learn them by heart")
+        return tuple(notes)
+
+    def _wants_compile(self) -> bool:
+        if self.config.compile is not None:
+            return self.config.compile
+        return self.device.type == "cuda" and self.config.steps >= _COMPILE_FROM
+
+    def _wants_graphs(self) -> bool:
+        wanted = self.config.cuda_graphs and self.device.type == "cuda"
+        if wanted and self.micro_batch_size < self.batch_size:
+            raise ConfigError(
+                "cuda_graphs replays one piece a step, but the batch is cut into several",
+                f"set micro_batch_size={self.batch_size}, or cuda_graphs=false",
+            )
+        return wanted
+
+    def _choose_micro_batch(self) -> int:
+        if self.config.micro_batch_size is not None:
+            return min(self.config.micro_batch_size, self.batch_size)
+        return fit_micro_batch(self.batch_size, self._image_bytes(), self._fixed_bytes(), self.device)
+
+    def _image_bytes(self) -> int:
+        return activation_bytes(self.model_config, self.dtype, self.is_compiled)
+
+    def _fixed_bytes(self) -> int:
+        return state_bytes(self.model.num_parameters, self.average is not None)
