@@ -82,6 +82,21 @@ def test_no_change_of_place_means_no_change_of_pixels():
     assert np.abs(moved - np.asarray(smooth).transpose(2, 0, 1)).max() <= 6  # up and down again by Lanczos
 
 
+def test_colour_changes_keep_black_white_and_the_first_view_and_move_the_rest():
+    image = noise(32, 32)
+    image.paste("white", (0, 0, 32, 8))
+    image.paste("black", (0, 8, 32, 16))
+    config, plain = DecodeConfig(size=32, crop="none", colour=1.0), np.asarray(image).transpose(2, 0, 1)
+    assert np.array_equal(view(image, config), plain)
+    views = [view(image, config, number=number) for number in range(1, 9)]
+    assert len({one.tobytes() for one in views}) == len(views)
+    for one in views:
+        assert (one[:, :8] == 255).all() and (one[:, 8:16] == 0).all()
+        assert np.abs(one.astype(int) - plain).mean() > 2
+    weak = view(image, DecodeConfig(size=32, crop="none", colour=0.1), number=1)
+    assert np.abs(weak.astype(int) - plain).mean() < np.abs(views[0].astype(int) - plain).mean()
+
+
 def test_only_flip_classes_are_mirrored():
     image = noise(32, 32)
     config = DecodeConfig(size=32, crop="none", flip_classes=("a",))
@@ -104,7 +119,16 @@ def test_long_thin_images_are_used_or_skipped():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"size": 0}, {"resize_ratio": 0.9}, {"augment": "shift"}, {"crop": "left"}, {"fill": (1, 2)}, {"max_shift": 2.0}],
+    [
+        {"size": 0},
+        {"resize_ratio": 0.9},
+        {"augment": "shift"},
+        {"crop": "left"},
+        {"fill": (1, 2)},
+        {"max_shift": 2.0},
+        {"colour": 1.5},
+        {"colour": float("nan")},
+    ],
 )
 def test_configs_that_cannot_work_are_refused(fields):
     with pytest.raises(ConfigError):

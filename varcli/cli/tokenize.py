@@ -26,6 +26,9 @@ def tokenize(
     out: OutOption = Path("codes"),
     tokenizer: TokenizerOption = None,
     views: Annotated[int, Option("--views", min=1, help="Stored views of a training image.")] = 1,
+    colour: Annotated[
+        float, Option("--colour", min=0, max=1, help="How strongly views after the first change hue and brightness.")
+    ] = 0.0,
     max_skip: Annotated[
         int | None,
         Option(
@@ -47,6 +50,7 @@ def tokenize(
         out,
         tokenizer,
         views=views,
+        colour=colour,
         max_skip=max_skip,
         follow_links=follow_links,
         seed=seed,

@@ -15,6 +15,9 @@ from PIL import Image
 from varcli.data.decode import MAX_PIXELS, UnusableImage
 from varcli.errors import ConfigError
 
+_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # luma and chroma of NTSC
+_POWER_SATURATION = np.array([0.35, 0.5])  # largest logarithm of the power on brightness and of the factor on colours
+_MAX_HUE = 0.1  # turns
 _OVERSAMPLE = 3  # small images are turned and shifted at this multiple, so that they stay sharp
 
 
@@ -34,6 +37,7 @@ class DecodeConfig:
     max_rotation: float = 8.0  # degrees to either side, for "shift"
     max_scaling: float = 0.1  # fraction to either side, for "shift"
     max_shift: float = 0.06  # fraction of size to each side, for "shift"
+    colour: float = 0.0  # strength of changes of hue, saturation and brightness of view 1, 2, ...; 0 is off, 1 strong
     flip_classes: tuple[str, ...] = ()  # classes of which every second view is mirrored, the unaugmented one not
     fill: tuple[int, ...] = (255, 255, 255)  # RGB around an image that does not fill the square
     seed: int = 0  # of every random choice
@@ -52,6 +56,8 @@ class DecodeConfig:
             raise ConfigError(f"fill must be three values in [0, 255], but is {self.fill}")
         if not (0 <= self.max_scaling < 1 and 0 <= self.max_shift < 1 and 0 <= self.max_rotation <= 180):
             raise ConfigError("max_scaling and max_shift must be in [0, 1), max_rotation in [0, 180]")
+        if not 0 <= self.colour <= 1:
+            raise ConfigError(f"colour must be from 0 to 1, but is {self.colour}", "0 leaves colours alone")
 
 
 def prepare(image: Image.Image, config: DecodeConfig) -> Image.Image:
@@ -101,7 +107,10 @@ def cut_view(prepared: Image.Image, config: DecodeConfig, path: str, view: int, 
     is_plain = view == 0 and config.crop != "random"
     if flip and not is_plain and random.random() < 0.5:
         prepared = prepared.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.ascontiguousarray(np.asarray(prepared).transpose(2, 0, 1))
+    pixels = np.asarray(prepared)
+    if config.colour and view > 0:
+        pixels = _recolour(pixels, config.colour, random)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def _resize(image: Image.Image, target: tuple[int, int], config: DecodeConfig) -> Image.Image:
@@ -131,6 +140,20 @@ def _shift(image: Image.Image, config: DecodeConfig, random: np.random.Generator
         fillcolor=config.fill,
     )
     return large.resize((config.size, config.size), Image.Resampling.LANCZOS)
+
+
+def _recolour(pixels: np.ndarray, strength: float, random: np.random.Generator) -> np.ndarray:
+    """Change brightness by a power, then turn and stretch the colours about the grey axis: black and white stay.
+
+    pixels: uint8 (H, W, 3), which the result is too.
+    """
+    power, saturation = np.exp(strength * random.uniform(-1, 1, 2) * _POWER_SATURATION)
+    angle = 2 * np.pi * strength * random.uniform(-_MAX_HUE, _MAX_HUE)
+    cosine, sine = saturation * np.cos(angle), saturation * np.sin(angle)
+    turn = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])
+    change = np.linalg.inv(_YIQ) @ turn @ _YIQ
+    bright = (pixels / 255.0) ** power
+    return np.clip(bright @ change.T * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
 def _generator(seed: int, path: str, view: int) -> np.random.Generator:

@@ -40,6 +40,7 @@ def tokenize(
     tokenizer: Path | str | None = None,
     *,
     views: int = 1,
+    colour: float = 0.0,
     max_skip: int | None = None,
     follow_links: bool = False,
     seed: int = 0,
@@ -52,8 +53,9 @@ def tokenize(
 
     tokenizer: a folder or name, see `tokenizer_folder`; None takes the one that `out` was begun with, else the one that
     fits the images' size, and tells `on_step` which. views: stored views of a training image; the "val" split always has
-    one. max_skip: unusable images tolerated, None is 100 or 0.1 %. Codes are computed in float32 without TF32, in batches
-    that never cross a shard, so that a rerun, which goes on at the first missing shard, meets the same batches.
+    one. colour: strength, in [0, 1], of the colour changes of views after the first. max_skip: unusable images
+    tolerated, None is 100 or 0.1 %. Codes are computed in float32 without TF32, in batches that never cross a shard, so
+    that a rerun, which goes on at the first missing shard, meets the same batches.
     Raises DataError for images that cannot be used, ConfigError if `out` was begun with other settings, ArtifactError if
     it cannot be written.
     """
@@ -67,7 +69,7 @@ def tokenize(
         on_step(Step(0, None, unit="views", message=f"warning: class `{escape_path(name)}` has no image to train on"))
     model = load_tokenizer(folder, where)
     config = model.config
-    decode = default_decode(tree, config.image_size, views, seed)
+    decode = default_decode(tree, config.image_size, views, seed, colour)
     splits = list(tree.splits)
     plan = CodesPlan(
         tokenizer=model.fingerprint(),
