@@ -23,6 +23,10 @@ WorkersOption = Annotated[
     int | None,
     Option("--workers", min=0, max=256, help="Processes that decode images; default: one a core.", show_default=False),
 ]
+MaxSkipOption = Annotated[
+    int | None,
+    Option("--max-skip", min=0, help="Unusable images that are tolerated; default: 100 or 0.1 %.", show_default=False),
+]
 BatchSizeOption = Annotated[
     int | None,
     Option("--batch-size", min=1, help="Images at a time; default: chosen for the device.", show_default=False),

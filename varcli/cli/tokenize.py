@@ -12,6 +12,7 @@ from varcli.cli.options import (
     BatchSizeOption,
     DeviceOption,
     JsonOption,
+    MaxSkipOption,
     OutOption,
     SeedOption,
     TokenizerOption,
@@ -29,12 +30,7 @@ def tokenize(
     colour: Annotated[
         float, Option("--colour", min=0, max=1, help="How strongly views after the first change hue and brightness.")
     ] = 0.0,
-    max_skip: Annotated[
-        int | None,
-        Option(
-            "--max-skip", min=0, help="Unusable images that are tolerated; default: 100 or 0.1 %.", show_default=False
-        ),
-    ] = None,
+    max_skip: MaxSkipOption = None,
     follow_links: Annotated[bool, Option("--follow-links", help="Follow links that leave the folder.")] = False,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = None,

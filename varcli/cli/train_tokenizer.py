@@ -12,9 +12,11 @@ from varcli.cli.options import (
     ConfigFileOption,
     DeviceOption,
     JsonOption,
+    MaxSkipOption,
     OutOption,
     ResumeOption,
     SetOption,
+    WorkersOption,
     collect_settings,
 )
 
@@ -30,6 +32,8 @@ def train_tokenizer(
     seed: Annotated[int | None, Option("--seed", min=0, help="Seed of everything random; default: 0.")] = None,
     device: DeviceOption = "auto",
     precision: Annotated[str | None, Option("--precision", help="fp32 or bf16; default: bf16 on CUDA.")] = None,
+    workers: WorkersOption = None,
+    max_skip: MaxSkipOption = None,
     resume: ResumeOption = "auto",
     json: JsonOption = False,
 ) -> None:
@@ -41,6 +45,7 @@ def train_tokenizer(
     from varcli.training.tokenizer_objective import TokenizerTrainConfig
 
     given = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "seed": seed, "precision": precision}
+    given |= {"workers": workers, "max_skip": max_skip}
     values = collect_settings(config, settings, given)
     tokenizer = values.pop("tokenizer", {})
     if not isinstance(tokenizer, dict):

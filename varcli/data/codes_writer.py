@@ -22,6 +22,7 @@ from varcli.artifacts.verify import read_json, read_json_lines, read_manifest
 from varcli.artifacts.write import append_json_line, prepare_folder, write_json, write_tensors, write_text
 from varcli.config import to_dict
 from varcli.data.paths import escape_path
+from varcli.data.skips import allowed_skips
 from varcli.data.views import DecodeConfig
 from varcli.errors import ArtifactError, ConfigError, ShapeError, SkipLimitError
 
@@ -192,7 +193,7 @@ class CodesWriter(contextlib.AbstractContextManager["CodesWriter"]):
                 "images": len(split),
                 "views": self.plan.views[name],
             }
-        allowed = max(100, self.tree.num_images // 1000) if max_skip is None else max_skip
+        allowed = allowed_skips(self.tree.num_images, max_skip)
         if len(skipped) > allowed:
             path, reason = skipped[0]
             raise SkipLimitError(

@@ -24,6 +24,7 @@ __all__ = [
     "ImageTree",
     "Split",
     "decode_images",
+    "describe_enlarging",
     "load_image",
     "open_images",
     "typical_side",
@@ -218,6 +219,11 @@ def typical_side(root: Path, split: Split) -> int:
     """Return the median shorter side, in pixels, of a few images spread over a split; 0 if none of them can be read."""
     sides = [min(size) for size in probe_sizes(root, split)]
     return int(np.median(sides)) if sides else 0
+
+
+def describe_enlarging(side: int, size: int) -> str | None:
+    """Say that images of about `side` pixels are smaller than the `size` they will be cut to; None if they are not."""
+    return f"the images are about {side} px and are enlarged to {size} px" if 0 < side < size else None
 
 
 def probe_sizes(root: Path, split: Split) -> list[tuple[int, int]]:

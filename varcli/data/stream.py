@@ -63,9 +63,13 @@ class DecodedBatch:
 
 
 def default_workers() -> int:
-    """Return the number of processes used where none is given: one a core this process may use, at most 16."""
+    """Return the number of processes used where none is given: one a core this process may use, at most 16.
+
+    The processes that torchrun started on one machine share its cores.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MAX_WORKERS)
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, min(cores // max(1, int(beside) if beside.isdecimal() else 1), _MAX_WORKERS))
 
 
 def decode_images(

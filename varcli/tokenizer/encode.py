@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from varcli.artifacts.verify import read_manifest
 from varcli.data.codes_writer import CodesPlan, CodesWriter, begun_with
 from varcli.data.defaults import default_decode
-from varcli.data.images import ImageTree, decode_images, open_images, typical_side
+from varcli.data.images import ImageTree, decode_images, describe_enlarging, open_images, typical_side
 from varcli.data.paths import escape_path
 from varcli.devices import exact_convolutions, resolve_device
 from varcli.errors import ConfigError
@@ -69,6 +68,9 @@ def tokenize(
         on_step(Step(0, None, unit="views", message=f"warning: class `{escape_path(name)}` has no image to train on"))
     model = load_tokenizer(folder, where)
     config = model.config
+    enlarged = describe_enlarging(typical_side(tree.root, next(iter(tree.splits.values()))), config.image_size)
+    if enlarged:
+        on_step(Step(0, None, unit="views", message=f"warning: {enlarged}"))
     decode = default_decode(tree, config.image_size, views, seed, colour)
     splits = list(tree.splits)
     plan = CodesPlan(
@@ -116,6 +118,4 @@ def _choose_tokenizer(given: Path | str | None, out: Path, tree: ImageTree) -> t
         return find_tokenizer(begun), f", with which `{out}` was begun"
     side = typical_side(tree.root, next(iter(tree.splits.values())))
     folder = default_tokenizer(side)
-    size = int(read_manifest(folder).info["image_size"])
-    enlarged = f", which are enlarged to {size}" if side < size else ""
-    return folder, f", chosen for images of about {side} px{enlarged}"
+    return folder, f", chosen for images of about {side} px"

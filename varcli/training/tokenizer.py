@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from varcli import config as configs
-from varcli.data.images import open_images, typical_side
+from varcli.data.images import ImageTree, describe_enlarging, open_images, typical_side
+from varcli.data.skips import Skips
 from varcli.devices import precision_name, resolve_device, resolve_precision
-from varcli.errors import DataError
 from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer import TokenizerConfig
 from varcli.tokenizer.store import KIND
 from varcli.training.loop import LoopConfig, OnValidation, run_training
-from varcli.training.pixels import Pixels, read_pixels
+from varcli.training.pixels import open_pixels, read_held_out
 from varcli.training.run import keep_stored, open_run
 from varcli.training.tokenizer_objective import TokenizerTrainConfig
 from varcli.training.tokenizer_trainer import TokenizerTrainer
 
-_FREE = LoopConfig.FREE - {"steps"} | {"lpips_weights"}  # a known file, wherever it lies
+_FREE = LoopConfig.FREE - {"steps"} | {"lpips_weights", "workers", "max_skip"}  # what changes no number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +52,10 @@ def train_tokenizer(
     images: an image tree; a "val" split, if there is one, is held out and measured on. The tokenizer is written to
     `out/tokenizer` with each checkpoint. given: names of settings that a resumed run must have been begun with, None means
     those that are not at their defaults; it keeps the others. on_validation: called with the run folder after each
-    validation, e.g. to draw what its log holds.
-    Raises DataError for images that cannot be used or fewer than a batch, ConfigError for settings that differ from the
-    run's, and what `run_training` raises.
+    validation, e.g. to draw what its log holds. Images smaller than the tokenizer's are enlarged, which is told; how
+    they are cut and read: `open_pixels`.
+    Raises DataError for images that cannot be used or fewer than a batch, SkipLimitError if too many cannot,
+    ConfigError for settings that differ from the run's, and what `run_training` raises.
     """
     config = config or TokenizerTrainConfig()
     fixed = configs.changed(config) if given is None else given
@@ -68,39 +71,58 @@ def train_tokenizer(
         listing = hashlib.sha256("\n".join(tree.splits[train].paths).encode("utf-8", "surrogateescape")).hexdigest()
         inputs = {"images": listing}
         run.require_inputs(KIND, inputs)
-        pixels = read_pixels(tree, train, config.tokenizer.image_size, on_step).to(where)
-        if len(pixels) < config.batch_size:
-            raise DataError(
-                f"`{images}` has {len(pixels)} images to train on, fewer than one batch of {config.batch_size}",
-                "use a smaller --batch-size or more images",
-            )
-        held_out = pixels[:0]
-        if "val" in names and train != "val":
-            held_out = read_pixels(tree, "val", config.tokenizer.image_size, on_step).to(where)
-        trainer = TokenizerTrainer(config, Pixels(pixels, config.seed), held_out, where)
-        on_step(Step(run.step, config.steps, message=_describe_plan(trainer)))
-        run.settle(KIND, configs.to_dict(config), inputs, _FREE)
-        loop = LoopConfig(
-            steps=config.steps,
-            log_every=config.log_every,
-            validate_every=config.validate_every,
-            sample_every=config.validate_every,
-            save_every=config.save_every,
+        size = config.tokenizer.image_size
+
+        def tell(text: str) -> None:
+            on_step(Step(run.step, config.steps, message=text))
+
+        skips = Skips(tree, config.max_skip, tell)
+        source = open_pixels(
+            tree,
+            train,
+            size,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            device=where,
+            workers=config.workers,
+            skips=skips,
+            on_step=on_step,
         )
-        info = {"images": len(pixels), "classes": list(tree.classes)}
-        result = run_training(trainer, run, loop, on_step, info, on_validation)
+        with source as pixels:
+            held_out = torch.zeros(0, 3, size, size, dtype=torch.uint8, device=where)
+            if "val" in names and train != "val":
+                found = read_held_out(tree, "val", size, workers=config.workers, skips=skips, on_step=on_step)
+                held_out = found.to(where)
+            trainer = TokenizerTrainer(config, pixels, held_out, where)
+            for line in _describe_plan(trainer, tree, train):
+                tell(line)
+            run.settle(KIND, configs.to_dict(config), inputs, _FREE)
+            loop = LoopConfig(
+                steps=config.steps,
+                log_every=config.log_every,
+                validate_every=config.validate_every,
+                sample_every=config.validate_every,
+                save_every=config.save_every,
+            )
+            info = {"images": len(pixels), "classes": list(tree.classes)}
+            result = run_training(trainer, run, loop, on_step, info, on_validation)
     return TokenizerTrainResult(
         folder=Path(out), step=result.step, seconds=result.seconds, validation=result.validation
     )
 
 
-def _describe_plan(trainer: TokenizerTrainer) -> str:
+def _describe_plan(trainer: TokenizerTrainer, tree: ImageTree, train: str) -> Iterator[str]:
     """Say what is about to be trained on what."""
     config, tokenizer = trainer.config, trainer.model.config
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    return (
+    num_val = len(tree.splits["val"]) if len(trainer.held_out) else 0
+    part = f" of {num_val:,}" if len(trainer.held_out) < num_val else ""
+    yield (
         f"a tokenizer for {tokenizer.image_size} px: {parameters:,} parameters, {tokenizer.scales.seq_len:,} tokens an image "
         f"of {tokenizer.vocab_size:,} codes; {config.steps:,} steps of {config.batch_size:,} of "
-        f"{len(trainer.images):,} images, {len(trainer.held_out):,} held out"
+        f"{len(trainer.images):,} images, {len(trainer.held_out):,}{part} held out"
         f"{'' if len(trainer.held_out) else ', so that validation measures images of training'}"
     )
+    enlarged = describe_enlarging(typical_side(tree.root, tree.splits[train]), tokenizer.image_size)
+    if enlarged:
+        yield f"warning: {enlarged}: a smaller --size learns them as they are"

@@ -63,7 +63,9 @@ class TokenizerTrainConfig:
     shift: int = 4  # pixels an image is moved at most, its border repeated
     precision: str = "auto"  # auto, fp32 or bf16
     compile: bool | None = None  # torch.compile; None decides by device
-    seed: int = 0  # of weights, order, augmentation and restarts
+    seed: int = 0  # of weights, order, crops, augmentation and restarts
+    workers: int | None = None  # processes that decode images; None is one a core, 0 decodes in the trainer's own
+    max_skip: int | None = None  # unusable images that are tolerated; None is 100 or 0.1 %, whichever is more
     log_every: int = 50  # steps between log lines
     validate_every: int = 1000  # steps between validations and pictures; 0 turns them off
     save_every: int = 1000  # steps between checkpoints
@@ -73,6 +75,8 @@ class TokenizerTrainConfig:
             raise ConfigError("steps and batch_size must be at least 1")
         if not 0 < self.learning_rate < math.inf or not 0 <= self.ema_decay < 1 or self.shift < 0:
             raise ConfigError("learning_rate must be above 0, ema_decay in [0, 1) and shift 0 or more")
+        if min(self.workers or 0, self.max_skip or 0) < 0:
+            raise ConfigError("workers and max_skip must be 0 or more")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise unknown_name("precision", self.precision, ["auto", "fp32", "bf16"])
         if self.perceptual not in PERCEPTUAL:
