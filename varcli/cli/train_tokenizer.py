@@ -33,9 +33,14 @@ def train_tokenizer(
     resume: ResumeOption = "auto",
     json: JsonOption = False,
 ) -> None:
-    """Train the tokenizer that turns images into codes and back."""
+    """Train the tokenizer that turns images into codes and back.
+
+    With several GPUs: torchrun --nproc-per-node 8 -m varcli train-tokenizer IMAGES; a batch is shared among them.
+    """
     from varcli import config as configs
+    from varcli.distributed import join_world
     from varcli.errors import ConfigError, VarcliError
+    from varcli.progress import ignore
     from varcli.report.curves import draw_curves
     from varcli.training.tokenizer import train_tokenizer as train
     from varcli.training.tokenizer_objective import TokenizerTrainConfig
@@ -51,16 +56,20 @@ def train_tokenizer(
         tokenizer[key.removeprefix("tokenizer.")] = values.pop(key)
     values |= {"tokenizer": tokenizer} if tokenizer else {}
     resolved = configs.from_dict(TokenizerTrainConfig, values)
-    result = train(
-        images,
-        out,
-        resolved,
-        device=device,
-        resume=resume,
-        given=values.keys(),
-        on_step=console.progress("training the tokenizer"),
-        on_validation=draw_curves,
-    )
+    with join_world(device) as (world, own_device):
+        result = train(
+            images,
+            out,
+            resolved,
+            device=own_device,
+            resume=resume,
+            given=values.keys(),
+            on_step=console.progress("training the tokenizer") if world.is_first else ignore,
+            on_validation=draw_curves,
+            world=world,
+        )
+    if not world.is_first:
+        return
     curves = None
     try:
         curves = str(draw_curves(result.folder))
