@@ -28,6 +28,12 @@ def train_tokenizer(
     settings: SetOption = None,
     lr: Annotated[float | None, Option("--lr", help="Peak learning rate.", show_default=False)] = None,
     seed: Annotated[int | None, Option("--seed", min=0, help="Seed of everything random; default: 0.")] = None,
+    init_from: Annotated[
+        str | None,
+        Option(
+            "--init-from", help="Tokenizer, model or run folder to start from, as released or own.", show_default=False
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     precision: Annotated[str | None, Option("--precision", help="fp32 or bf16; default: bf16 on CUDA.")] = None,
     resume: ResumeOption = "auto",
@@ -45,22 +51,23 @@ def train_tokenizer(
     from varcli.training.tokenizer import train_tokenizer as train
     from varcli.training.tokenizer_objective import TokenizerTrainConfig
 
-    given = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "seed": seed, "precision": precision}
-    values = collect_settings(config, settings, given)
-    tokenizer = values.pop("tokenizer", {})
-    if not isinstance(tokenizer, dict):
-        raise ConfigError(
-            "`tokenizer` is a table of settings", "e.g. [tokenizer] in a file, --set tokenizer.vocab_size=1024"
-        )
-    for key in [key for key in values if key.startswith("tokenizer.")]:
-        tokenizer[key.removeprefix("tokenizer.")] = values.pop(key)
-    values |= {"tokenizer": tokenizer} if tokenizer else {}
-    resolved = configs.from_dict(TokenizerTrainConfig, values)
     with join_world(device) as (world, own_device):
+        given = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "seed": seed, "precision": precision}
+        values = collect_settings(config, settings, given)
+        tokenizer = values.pop("tokenizer", {})
+        if not isinstance(tokenizer, dict):
+            raise ConfigError(
+                "`tokenizer` is a table of settings", "e.g. [tokenizer] in a file, --set tokenizer.vocab_size=1024"
+            )
+        for key in [key for key in values if key.startswith("tokenizer.")]:
+            tokenizer[key.removeprefix("tokenizer.")] = values.pop(key)
+        resolved = configs.from_dict(TokenizerTrainConfig, values)
         result = train(
             images,
             out,
             resolved,
+            init_from=init_from,
+            architecture=tokenizer,
             device=own_device,
             resume=resume,
             given=values.keys(),

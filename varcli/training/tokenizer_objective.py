@@ -26,6 +26,8 @@ from varcli.tokenizer.losses import (
 
 CODEBOOK_INITS = ("random", "data")
 REGULARIZERS = ("lecam", "r1", "none")
+PARTS = {"encoder": ("encoder", "pre_conv"), "quantizer": ("quantizer",), "decoder": ("post_conv", "decoder")}
+"""What may be frozen, and its modules: with the encoder and the quantizer frozen an image's codes stay what they are."""
 _R1_EVERY = (
     16  # steps of the discriminator between R1 penalties, each of which counts for all (arXiv:1912.04958, Sec. 3.1)
 )
@@ -63,6 +65,10 @@ class TokenizerTrainConfig:
     flip: bool = True  # mirror images at random; a tokenizer may, whatever the pictures say
     shift: int = 4  # pixels an image is moved at most, its border repeated
     precision: str = "auto"  # auto, fp32 or bf16
+    frozen: tuple[
+        str, ...
+    ] = ()  # parts that do not learn, of encoder, quantizer and decoder; needs a tokenizer to start from
+    checkpointing: bool = False  # compute each level's activations twice instead of keeping them: less memory, slower
     compile: bool | None = None  # torch.compile; None decides by device
     seed: int = 0  # of weights, order, augmentation and restarts
     log_every: int = 50  # steps between log lines
@@ -85,6 +91,11 @@ class TokenizerTrainConfig:
         for name in self.discriminator_augment:
             if name not in AUGMENTATIONS:
                 raise unknown_name("augmentation", name, AUGMENTATIONS)
+        for name in self.frozen:
+            if name not in PARTS:
+                raise unknown_name("part to freeze", name, PARTS)
+        if set(self.frozen) == set(PARTS):
+            raise ConfigError(f"with {', '.join(PARTS)} frozen nothing is left to learn", "leave one out of `frozen`")
         weights = (self.quantizer_weight, self.perceptual_weight, self.adversarial_weight)
         weights += (self.lecam_weight, self.r1_weight)
         if not all(0 <= weight < math.inf for weight in weights):
@@ -108,6 +119,10 @@ class TokenizerObjective(nn.Module):
         super().__init__()
         self.config, self.device, self.dtype, self.world = config, device, dtype, world
         self.tokenizer = VQVAE(config.tokenizer)
+        self.tokenizer.encoder.checkpointing = self.tokenizer.decoder.checkpointing = config.checkpointing
+        self.frozen = [self.tokenizer.get_submodule(name) for part in config.frozen for name in PARTS[part]]
+        for module in self.frozen:
+            module.requires_grad_(False)
         self.discriminator = PatchDiscriminator() if config.adversarial_weight else None
         self.lecam = LeCamPenalty()
         self.perceptual = PERCEPTUAL[config.perceptual](config.lpips_weights) if config.perceptual_weight else None
@@ -122,6 +137,12 @@ class TokenizerObjective(nn.Module):
             self.run_tokenizer = torch.compile(self.tokenizer, mode="reduce-overhead")
             if self.perceptual is not None:
                 self.run_perceptual = torch.compile(self.perceptual, mode="reduce-overhead")
+
+    def learn(self) -> None:
+        """Put the tokenizer into training mode, but for its frozen parts, which must drop out nothing."""
+        self.tokenizer.train()
+        for module in self.frozen:
+            module.eval()
 
     def backward_tokenizer(
         self, images: Tensor, num_kept_B: Tensor, adversarial_share: float, generator: torch.Generator
@@ -151,9 +172,11 @@ class TokenizerObjective(nn.Module):
             content_norm, push_norm = self.world.sum(squares).sqrt()  # over the batch, wherever its parts are
             gradient = gradient + push * (adversarial_share * content_norm / (push_norm + 1e-8))
             numbers["adversarial_loss"] = adversarial.detach()
-        torch.autograd.backward(
-            [reconstructions, quantizer_loss * self.config.quantizer_weight], [gradient.to(reconstructions.dtype), None]
-        )
+        starts = [(reconstructions, gradient.to(reconstructions.dtype))]
+        starts.append((quantizer_loss * self.config.quantizer_weight, None))
+        # with frozen parts one of the two may reach nothing that learns
+        tensors, gradients = zip(*(start for start in starts if start[0].requires_grad), strict=True)
+        torch.autograd.backward(tensors, gradients)
         return numbers, leaf.detach(), codes
 
     def _run(self, images: Tensor, num_kept_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from varcli.artifacts.write import atomic_folder
 from varcli.data.samples import make_grid
 from varcli.devices import resolve_precision
 from varcli.distributed import ALONE, World
+from varcli.tokenizer import VQVAE
 from varcli.tokenizer.health import count_codes, restart_dead_codes
 from varcli.tokenizer.initialize import init_codebook
 from varcli.tokenizer.judge import evaluate_tokenizer, scale_strip
@@ -21,6 +22,7 @@ from varcli.tokenizer.store import KIND, save_tokenizer
 from varcli.training.ema import Ema
 from varcli.training.optim import Updater, build_adamw
 from varcli.training.parallel import average_numbers, share_batch
+from varcli.training.parent import load_parent
 from varcli.training.pixels import Pixels
 from varcli.training.schedules import Schedule
 from varcli.training.state import Parts
@@ -46,11 +48,13 @@ class TokenizerTrainer(Trainer):
 
     images: what to learn from. held_out: what to measure on; if it is empty, validation takes images of training. world:
     the processes that share every batch. What is drawn at random is drawn for the whole batch by all of them alike, and
-    what is counted is counted over all of them, so that their number changes nothing but the time.
+    what is counted is counted over all of them, so that their number changes nothing but the time. parent: the tokenizer
+    to start from.
     """
 
     published = KIND
     shown = ("loss", "psnr", "codebook_used", "codes_restarted")
+    memory_hint = "use a smaller --batch-size, or --set checkpointing=true"
     numeric_hint = (
         "start anew with a lower learning rate (--lr), --precision fp32, or a lower --set discriminator_learning_rate if "
         "the discriminator was at work"
@@ -63,6 +67,7 @@ class TokenizerTrainer(Trainer):
         held_out: Tensor,
         device: torch.device,
         world: World = ALONE,
+        parent: VQVAE | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
         self.world, self.share_size = world, share_batch(config.batch_size, world)
@@ -71,7 +76,11 @@ class TokenizerTrainer(Trainer):
         self.batch_size = config.batch_size
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.objective = TokenizerObjective(config, device, resolve_precision(config.precision, device), world)
-        self.model = self.objective.tokenizer.train()
+        self.model = self.objective.tokenizer
+        self.objective.learn()
+        self.counts_codes = "quantizer" not in config.frozen
+        if parent is not None:
+            load_parent(self.model, parent, config.batch_size if self.counts_codes else None)
         self.average = Ema(self.model, config.ema_decay)
         schedule = Schedule(
             total_steps=config.steps,
@@ -148,6 +157,8 @@ class TokenizerTrainer(Trainer):
     def _keep_codes_alive(self, step: int, images: Tensor, codes_BL: Tensor) -> int:
         """Count the picks of this step; now and then move codes nobody picks onto what the batch left over."""
         config, quantizer = self.config, self.model.quantizer
+        if not self.counts_codes:
+            return 0
         counts = self.world.sum(count_codes(codes_BL, quantizer.scales, quantizer.vocab_size))
         picks = codes_BL.numel() * self.world.size
         quantizer.usage_KV.lerp_(counts, 1 - _USAGE_DECAY)
@@ -171,7 +182,7 @@ class TokenizerTrainer(Trainer):
         self.model.eval()
         with self.average.swapped():
             report = evaluate_tokenizer(self.model, self.measured, self.objective.perceptual)
-        self.model.train()
+        self.objective.learn()
         return {"loss": report["l1"] + report["mse"] + report.get("perceptual", 0.0), **report}
 
     def find_faults(self, step: int, validation: Mapping[str, Any]) -> Mapping[str, str]:
@@ -184,7 +195,7 @@ class TokenizerTrainer(Trainer):
         self.model.eval()
         with self.average.swapped():
             strip = scale_strip(self.model, Pixels(self.measured).spread(_STRIP_IMAGES))
-        self.model.train()
+        self.objective.learn()
         return make_grid(strip.flatten(0, 1).cpu(), columns=strip.shape[1])
 
     def describe_batch(self, step: int) -> dict[str, Any]:
