@@ -204,6 +204,7 @@ def test_a_batch_that_cannot_be_divided_is_one_error_and_nothing_is_written(tiny
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_torchrun_prints_one_result_and_a_signal_to_it_saves(tiny_images, tmp_path):
     settings = ["--batch-size", "4", "--device", "cpu", "--set", "tokenizer.width=8", "--set", "perceptual_weight=0"]
