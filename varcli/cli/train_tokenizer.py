@@ -16,6 +16,7 @@ from varcli.cli.options import (
     ResumeOption,
     SetOption,
     collect_settings,
+    gather_tokenizer,
 )
 
 
@@ -35,21 +36,13 @@ def train_tokenizer(
 ) -> None:
     """Train the tokenizer that turns images into codes and back."""
     from varcli import config as configs
-    from varcli.errors import ConfigError, VarcliError
+    from varcli.errors import VarcliError
     from varcli.report.curves import draw_curves
     from varcli.training.tokenizer import train_tokenizer as train
     from varcli.training.tokenizer_objective import TokenizerTrainConfig
 
     given = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "seed": seed, "precision": precision}
-    values = collect_settings(config, settings, given)
-    tokenizer = values.pop("tokenizer", {})
-    if not isinstance(tokenizer, dict):
-        raise ConfigError(
-            "`tokenizer` is a table of settings", "e.g. [tokenizer] in a file, --set tokenizer.vocab_size=1024"
-        )
-    for key in [key for key in values if key.startswith("tokenizer.")]:
-        tokenizer[key.removeprefix("tokenizer.")] = values.pop(key)
-    values |= {"tokenizer": tokenizer} if tokenizer else {}
+    values = gather_tokenizer(collect_settings(config, settings, given))
     resolved = configs.from_dict(TokenizerTrainConfig, values)
     result = train(
         images,
