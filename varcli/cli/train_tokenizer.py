@@ -16,6 +16,7 @@ from varcli.cli.options import (
     ResumeOption,
     SetOption,
     collect_settings,
+    gather_tokenizer,
 )
 
 
@@ -45,7 +46,7 @@ def train_tokenizer(
     """
     from varcli import config as configs
     from varcli.distributed import join_world
-    from varcli.errors import ConfigError, VarcliError
+    from varcli.errors import VarcliError
     from varcli.progress import ignore
     from varcli.report.curves import draw_curves
     from varcli.training.tokenizer import train_tokenizer as train
@@ -53,21 +54,15 @@ def train_tokenizer(
 
     with join_world(device) as (world, own_device):
         given = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "seed": seed, "precision": precision}
-        values = collect_settings(config, settings, given)
-        tokenizer = values.pop("tokenizer", {})
-        if not isinstance(tokenizer, dict):
-            raise ConfigError(
-                "`tokenizer` is a table of settings", "e.g. [tokenizer] in a file, --set tokenizer.vocab_size=1024"
-            )
-        for key in [key for key in values if key.startswith("tokenizer.")]:
-            tokenizer[key.removeprefix("tokenizer.")] = values.pop(key)
+        values = gather_tokenizer(collect_settings(config, settings, given))
+        architecture = values.pop("tokenizer", {})
         resolved = configs.from_dict(TokenizerTrainConfig, values)
         result = train(
             images,
             out,
             resolved,
             init_from=init_from,
-            architecture=tokenizer,
+            architecture=architecture,
             device=own_device,
             resume=resume,
             given=values.keys(),
