@@ -1,11 +1,12 @@
-"""Several processes on one job, as torchrun starts them: who this one is, and waiting for the others.
+"""Several processes on one job, as torchrun starts them: who this one is, numbers in common, and one voice for errors.
 
-A process that torchrun did not start is alone: rank 0 of 1, without a process group.
+A process that torchrun did not start is alone: rank 0 of 1, without a process group, and everything here does nothing.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,15 +14,22 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
-from varcli.errors import ConfigError
+from varcli.errors import ConfigError, LostProcessError
 
 _TIMEOUT = timedelta(hours=2)  # one process may decode, hash or compute alone for long while the others wait
+_LAST_WORDS = 1.0  # seconds that silent processes leave to the one that says what went wrong
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one job."""
+    """The processes of one job.
+
+    The methods that exchange something must be called by every process alike, and raise LostProcessError if one is gone.
+    Tensors are exchanged where they are, and no gradient passes through.
+    """
 
     rank: int = 0  # of this process
     size: int = 1  # processes
@@ -31,14 +39,54 @@ class World:
         """Whether this is the process that writes results and speaks."""
         return self.rank == 0
 
-    def wait(self) -> None:
-        """Return when every process has come here."""
-        if self.size > 1:
-            dist.barrier()
-
     def share(self, items: Sequence) -> Sequence:
         """Return this process's part of `items`: contiguous, all parts of nearly one length, together everything."""
         return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        self.largest(0)
+
+    def largest(self, *values: int) -> list[int]:
+        """Return the largest of all processes for each of `values`: how they agree on what to do next."""
+        if self.size == 1:
+            return list(values)
+        agreed = torch.tensor(values, dtype=torch.int64)  # of the processor: nobody waits for a GPU's work
+        with _peers():
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        return agreed.tolist()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of all processes' tensors of one shape; the same bits everywhere."""
+        if self.size == 1:
+            return tensor
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        with _peers():
+            dist.all_reduce(total)
+        return total
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Return the mean of all processes' tensors of one shape; the same bits everywhere."""
+        return self.sum(tensor) / self.size if self.size > 1 else tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Join all processes' tensors of one shape along the first dimension, in the order of ranks."""
+        if self.size == 1:
+            return tensor
+        own = tensor.detach().contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        with _peers():
+            dist.all_gather(parts, own)
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def copy_first(self, tensor: Tensor) -> None:
+        """Overwrite a tensor with that of rank 0."""
+        if self.size > 1:
+            common = tensor.detach().clone(memory_format=torch.contiguous_format)
+            with _peers():
+                dist.broadcast(common, 0)
+            tensor.copy_(common)
 
 
 ALONE = World()
@@ -50,12 +98,15 @@ def join_world(device: str = "auto") -> Iterator[tuple[World, str]]:
     """Join the processes that torchrun started, and leave them at the end.
 
     device: as in `varcli.devices.resolve_device`. Yields the world and the device of this process: with several GPUs each
-    takes the one of its local rank. Messages go through gloo, which every machine has; results are exchanged in files.
+    takes the one of its local rank. Tensors on GPUs go through NCCL where each process has one of its own, all others
+    through gloo, which every machine has. If the body raises, in however many processes, the error leaves this context in
+    the first of them alone; the others end silently with status 1, so that one text tells what went wrong.
     Raises ConfigError if torchrun's variables make no sense.
     """
     try:
         world = World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world.size)))
     except ValueError as error:
         raise ConfigError(
             f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}", "start with torchrun"
@@ -63,10 +114,46 @@ def join_world(device: str = "auto") -> Iterator[tuple[World, str]]:
     if world.size == 1:
         yield world, device
         return
+    backend = "gloo"
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local_rank % torch.cuda.device_count()}"
-    dist.init_process_group("gloo", timeout=_TIMEOUT)
+        torch.cuda.set_device(device)  # NCCL and CUDA graphs look at the current one
+        if local_size <= torch.cuda.device_count() and dist.is_nccl_available():
+            backend = "cpu:gloo,cuda:nccl"
+    try:
+        with _peers():
+            store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+    except ValueError as error:  # of rendezvous, for a variable that is not set
+        raise ConfigError(f"WORLD_SIZE is {world.size}, but {error}", "start with torchrun") from None
     try:
         yield world, device
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if not _is_first_to_fail(store):
+            time.sleep(_LAST_WORDS)
+            if "nccl" in backend:
+                os._exit(1)  # a kernel that waits for a process that is gone would keep the interpreter from ending
+            raise SystemExit(1) from None
+        raise
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """Turn the error of an exchange into one that says what it means."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's are of no class of their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LostProcessError(
+            f"another process of this job has ended or cannot be reached: {reason}",
+            "torchrun's report says which one; run the same command again to go on from the last checkpoint",
+        ) from None
+
+
+def _is_first_to_fail(store: dist.Store) -> bool:
+    """Say whether no other process has failed before this one."""
+    try:
+        return store.add("varcli/failed", 1) == 1
+    except RuntimeError:
+        return False  # the store ended with the process that kept it, which has spoken

@@ -68,6 +68,10 @@ class MemoryLimitError(VarcliError):
     exit_code = 8
 
 
+class LostProcessError(VarcliError):
+    """Another process of the same job is gone, and with it what this one waits for."""
+
+
 class InterruptedRun(VarcliError):
     """A signal arrived, the state was saved, and the same command goes on."""
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from varcli.errors import ConfigError
+from varcli.scales import NAMED_SCHEDULES
 from varcli.tokenizer import TokenizerConfig
 from varcli.training.tokenizer_objective import REGULARIZERS, TokenizerObjective, TokenizerTrainConfig
 
@@ -51,6 +52,38 @@ def test_lecam_pulls_only_once_it_has_averages_to_pull_to():
     plain, pulled = (judge_step(3, regularizer=name, lecam_weight=1.0)[1] for name in ("none", "lecam"))
     assert not torch.equal(plain, pulled)
     assert torch.equal(plain, judge_step(3, regularizer="lecam", lecam_weight=0.0)[1])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("side", [256, 512])
+@pytest.mark.parametrize("levels", [4, 5])
+def test_the_released_shapes_build_and_take_a_step_at_f8_and_f16(side, levels, checkpointing):
+    grid = side // 2 ** (levels - 1)
+    schedule = tuple(sorted({*NAMED_SCHEDULES["256"], *NAMED_SCHEDULES["512"]} & set(range(grid)) | {grid}))
+    tokenizer = TokenizerConfig(
+        patch_nums=schedule,
+        vocab_size=64,
+        code_channels=8,
+        width=4,
+        channel_multipliers=(1, 1, 2, 2, 4)[-levels:],
+        num_res_blocks=1,
+        norm_groups=2,
+    )
+    assert (tokenizer.downsampling, tokenizer.image_size) == (2 ** (levels - 1), side)
+    torch.manual_seed(0)
+    config = TokenizerTrainConfig(
+        tokenizer=tokenizer, perceptual_weight=0.0, adversarial_weight=0.0, checkpointing=checkpointing
+    )
+    made = TokenizerObjective(config, CPU, torch.float32)
+    images = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    kept = torch.tensor([tokenizer.scales.num_scales])
+    numbers, reconstructions, codes = made.backward_tokenizer(images, kept, 0.0, torch.Generator())
+    assert reconstructions.shape == images.shape and codes.shape == (1, tokenizer.scales.seq_len)
+    gradients = [parameter.grad for parameter in made.tokenizer.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    torch.optim.SGD(made.tokenizer.parameters(), lr=1e-3).step()
+    after = made.backward_tokenizer(images, kept, 0.0, torch.Generator())[0]
+    assert after["pixel_loss"].isfinite() and after["pixel_loss"] != numbers["pixel_loss"]
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from varcli.cli import console
-from varcli.cli.options import DeviceOption, JsonOption, PrecisionOption, WorkersOption
+from varcli.cli.options import (
+    ConfigFileOption,
+    DeviceOption,
+    JsonOption,
+    PrecisionOption,
+    SetOption,
+    WorkersOption,
+    collect_settings,
+    gather_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from varcli.bench.config import BenchConfig
+    from varcli.training.tokenizer_objective import TokenizerTrainConfig
 
 
 def bench(
-    stage: Annotated[str, Argument(help="tokenize, train, sample, all (these three), or eval.")] = "all",
+    stage: Annotated[
+        str, Argument(help="tokenize, train, sample, all (these three), train-tokenizer, or eval.")
+    ] = "all",
     depth: Annotated[int, Option("--depth", help="Blocks of the transformer.")] = 16,
     scales: Annotated[
         str, Option("--scales", help="256, 512, 1024, or sides of the token maps such as 1,2,4.")
@@ -25,20 +41,33 @@ def bench(
     count: Annotated[int, Option("--n", min=256, help="eval: pictures.")] = 50_000,
     size: Annotated[int, Option("--size", min=32, help="eval: their side in pixels.")] = 256,
     workers: WorkersOption = None,
+    config: ConfigFileOption = None,
+    settings: SetOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Time the stages with random weights, next to a large matrix product on the same device.
 
-    `varcli bench eval` times `varcli eval` on made-up pictures, with its parts and its memory.
+    `varcli bench train-tokenizer` times a step of that command with all its losses at work; --config and --set name its
+    settings as there, but --batch-size, --precision and --compile are those given here. --scales 1,2,3,4,5,6,8
+    --tokenizer-width 40 is the small tokenizer for 64 px. `varcli bench eval` times `varcli eval` on made-up pictures, with
+    its parts and its memory.
     """
     if stage == "eval":
         _evaluation(count, size, workers, device, json)
         return
-    from varcli.bench.stages import BenchConfig, run_bench
+    from varcli.bench.config import BenchConfig
+    from varcli.bench.stages import run_bench
+    from varcli.errors import ConfigError
 
-    config = BenchConfig(
+    values = collect_settings(config, settings, {})
+    if values and stage != "train-tokenizer":
+        raise ConfigError(
+            f"--config and --set belong to train-tokenizer, but the stage is {stage}",
+            "leave them out, or name that stage",
+        )
+    resolved = BenchConfig(
         depth=depth,
         scales=scales,
         tokenizer_width=tokenizer_width,
@@ -48,7 +77,9 @@ def bench(
         repeats=repeats,
         device=device,
     )
-    result = run_bench(stage, config, on_step=console.progress("measuring"))
+    if values:
+        resolved = replace(resolved, tokenizer_training=_tokenizer_training(gather_tokenizer(values), resolved))
+    result = run_bench(stage, resolved, on_step=console.progress("measuring"))
     if json:
         console.json_result(result.to_json())
         return
@@ -69,6 +100,15 @@ def bench(
         for entry in result.measurements
     ]
     console.table(("stage", "batch", "ms", "images/s", "of matmul", "peak GiB"), rows)
+
+
+def _tokenizer_training(values: dict[str, Any], bench: BenchConfig) -> TokenizerTrainConfig:
+    """Settings of a tokenizer's training; what its architecture leaves open is as `bench` has it."""
+    from varcli import config as configs
+    from varcli.training.tokenizer_objective import TokenizerTrainConfig
+
+    architecture = {**bench.architecture, **values.get("tokenizer", {})}
+    return configs.from_dict(TokenizerTrainConfig, {**values, "tokenizer": architecture})
 
 
 def _evaluation(count: int, size: int, workers: int | None, device: str, json: bool) -> None:

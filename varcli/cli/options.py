@@ -95,3 +95,21 @@ def collect_settings(config: Path | None, assignments: list[str] | None, options
         if assigned[key] != given[key]:
             raise ConfigError(f"`--set {key}={assigned[key]}` and an option that says {given[key]}", "give one of them")
     return {**values, **assigned, **given}
+
+
+def gather_tokenizer(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings whose `tokenizer.NAME` entries, as `--set` gives them, are in the table `tokenizer`, where they win.
+
+    Raises ConfigError if `tokenizer` is there and no table.
+    """
+    from varcli.errors import ConfigError
+
+    table = values.get("tokenizer", {})
+    if not isinstance(table, dict):
+        raise ConfigError(
+            "`tokenizer` is a table of settings", "e.g. [tokenizer] in a file, --set tokenizer.vocab_size=1024"
+        )
+    prefix = "tokenizer."
+    single = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    others = {key: value for key, value in values.items() if key != "tokenizer" and not key.startswith(prefix)}
+    return {**others, "tokenizer": {**table, **single}} if table or single else others

@@ -18,6 +18,7 @@ from varcli.cli.options import (
     SetOption,
     WorkersOption,
     collect_settings,
+    gather_tokenizer,
 )
 
 
@@ -30,6 +31,12 @@ def train_tokenizer(
     settings: SetOption = None,
     lr: Annotated[float | None, Option("--lr", help="Peak learning rate.", show_default=False)] = None,
     seed: Annotated[int | None, Option("--seed", min=0, help="Seed of everything random; default: 0.")] = None,
+    init_from: Annotated[
+        str | None,
+        Option(
+            "--init-from", help="Tokenizer, model or run folder to start from, as released or own.", show_default=False
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     precision: Annotated[str | None, Option("--precision", help="fp32 or bf16; default: bf16 on CUDA.")] = None,
     workers: WorkersOption = None,
@@ -37,35 +44,39 @@ def train_tokenizer(
     resume: ResumeOption = "auto",
     json: JsonOption = False,
 ) -> None:
-    """Train the tokenizer that turns images into codes and back."""
+    """Train the tokenizer that turns images into codes and back.
+
+    With several GPUs: torchrun --nproc-per-node 8 -m varcli train-tokenizer IMAGES; a batch is shared among them.
+    """
     from varcli import config as configs
-    from varcli.errors import ConfigError, VarcliError
+    from varcli.distributed import join_world
+    from varcli.errors import VarcliError
+    from varcli.progress import ignore
     from varcli.report.curves import draw_curves
     from varcli.training.tokenizer import train_tokenizer as train
     from varcli.training.tokenizer_objective import TokenizerTrainConfig
 
-    given = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "seed": seed, "precision": precision}
-    given |= {"workers": workers, "max_skip": max_skip}
-    values = collect_settings(config, settings, given)
-    tokenizer = values.pop("tokenizer", {})
-    if not isinstance(tokenizer, dict):
-        raise ConfigError(
-            "`tokenizer` is a table of settings", "e.g. [tokenizer] in a file, --set tokenizer.vocab_size=1024"
+    with join_world(device) as (world, own_device):
+        given = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "seed": seed, "precision": precision}
+        given |= {"workers": workers, "max_skip": max_skip}
+        values = gather_tokenizer(collect_settings(config, settings, given))
+        architecture = values.pop("tokenizer", {})
+        resolved = configs.from_dict(TokenizerTrainConfig, values)
+        result = train(
+            images,
+            out,
+            resolved,
+            init_from=init_from,
+            architecture=architecture,
+            device=own_device,
+            resume=resume,
+            given=values.keys(),
+            on_step=console.progress("training the tokenizer") if world.is_first else ignore,
+            on_validation=draw_curves,
+            world=world,
         )
-    for key in [key for key in values if key.startswith("tokenizer.")]:
-        tokenizer[key.removeprefix("tokenizer.")] = values.pop(key)
-    values |= {"tokenizer": tokenizer} if tokenizer else {}
-    resolved = configs.from_dict(TokenizerTrainConfig, values)
-    result = train(
-        images,
-        out,
-        resolved,
-        device=device,
-        resume=resume,
-        given=values.keys(),
-        on_step=console.progress("training the tokenizer"),
-        on_validation=draw_curves,
-    )
+    if not world.is_first:
+        return
     curves = None
     try:
         curves = str(draw_curves(result.folder))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from varcli.tokenizer.base import TokenizerConfig
 
@@ -127,10 +128,14 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) to features (B, Z, H/f, W/f), f = `config.downsampling`. `levels[0]` is full resolution."""
+    """Images (B, 3, H, W) to features (B, Z, H/f, W/f), f = `config.downsampling`. `levels[0]` is full resolution.
+
+    `checkpointing`, off unless set: each level's activations are computed again for its gradients instead of kept.
+    """
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
+        self.checkpointing = False
         widths = [config.width * multiplier for multiplier in config.channel_multipliers]
         last = len(widths) - 1
         self.conv_in = conv3x3(3, config.width)
@@ -147,15 +152,19 @@ class Encoder(nn.Module):
         """Encode images in [-1, 1]."""
         x = self.conv_in(images_B3HW)
         for level in self.levels:
-            x = level(x)
+            x = _run_level(level, x, self.checkpointing)
         return self.conv_out(F.silu(self.norm_out(self.middle(x))))
 
 
 class Decoder(nn.Module):
-    """Features (B, Z, h, w) to images (B, 3, f*h, f*w). `levels[0]` is full resolution and comes last."""
+    """Features (B, Z, h, w) to images (B, 3, f*h, f*w). `levels[0]` is full resolution and comes last.
+
+    `checkpointing`: as the encoder's.
+    """
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
+        self.checkpointing = False
         widths = [config.width * multiplier for multiplier in config.channel_multipliers]
         last = len(widths) - 1
         self.conv_in = conv3x3(config.code_channels, widths[-1])
@@ -172,8 +181,14 @@ class Decoder(nn.Module):
         """Decode to images, not clamped."""
         x = self.middle(self.conv_in(f_BZhw))
         for level in reversed(self.levels):
-            x = level(x)
+            x = _run_level(level, x, self.checkpointing)
         return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def _run_level(level: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(level, x, use_reentrant=False)
+    return level(x)
 
 
 @torch.no_grad()

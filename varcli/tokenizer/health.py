@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from varcli.distributed import ALONE, World
 from varcli.scales import PatchNums
 from varcli.tokenizer.quantizer import MultiScaleQuantizer
 
@@ -69,15 +70,16 @@ def find_collapse(
 
 @torch.no_grad()
 def restart_dead_codes(
-    quantizer: MultiScaleQuantizer, f_BZhw: Tensor, dead_V: Tensor, generator: torch.Generator
+    quantizer: MultiScaleQuantizer, f_BZhw: Tensor, dead_V: Tensor, generator: torch.Generator, world: World = ALONE
 ) -> Tensor:
     """Move the codes marked in `dead_V` (bool) onto vectors of the current batch; return their indices.
 
     Each takes a leftover of a scale drawn uniformly, so that coarse scales, which have few vectors, get their share. A
-    code stays where it is if its leftover is no number: a bad batch must not spoil the codebook.
+    code stays where it is if its leftover is no number: a bad batch must not spoil the codebook. world: processes that
+    have a part of the batch each; with equal generators and `dead_V` they end with equal codebooks.
     """
     dead = dead_V.nonzero().squeeze(1)
-    leftovers = quantizer.leftovers(f_BZhw)
+    leftovers = [world.gather(vectors) for vectors in quantizer.leftovers(f_BZhw)]
     scales = torch.randint(len(leftovers), dead.shape, generator=generator, device=dead.device)
     for scale, vectors in enumerate(leftovers):
         chosen = dead[scales == scale]

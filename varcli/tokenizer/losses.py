@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varcli.distributed import ALONE, World
 from varcli.pretrained.lite0 import load_lite0
 from varcli.pretrained.lpips import load_lpips
 
@@ -80,11 +81,14 @@ class LeCamPenalty(nn.Module):
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))
 
-    def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-        """Update the averages and return the squared hinge distance of each side from the other's average."""
+    def forward(self, real_logits: Tensor, fake_logits: Tensor, world: World = ALONE) -> Tensor:
+        """Update the averages and return the squared hinge distance of each side from the other's average.
+
+        world: processes that have a part of the batch each; the averages are of all of them.
+        """
         with torch.no_grad():
-            for average, logits in ((self.real_mean, real_logits), (self.fake_mean, fake_logits)):
-                mean = logits.mean().float()
+            means = world.mean(torch.stack([real_logits.mean().float(), fake_logits.mean().float()]))
+            for average, mean in zip((self.real_mean, self.fake_mean), means, strict=True):
                 average.lerp_(torch.where(mean.isfinite(), mean, average), 1 - self.decay)  # one NaN would stay forever
         return (
             F.relu(real_logits - self.fake_mean).square().mean() + F.relu(self.real_mean - fake_logits).square().mean()

@@ -12,6 +12,9 @@ run was begun with, build the trainer, and run:
 `run_training` loads the checkpoint into `trainer.parts`, which therefore must name everything that changes: modules,
 optimizers, averages, generators. What a step draws must come from those generators or from torch's own, and which
 samples it takes from the step's number; then a resumed run is the same run, bit for bit on a CPU.
+
+With several processes (`open_run(out, resume, world)`, a trainer that knows the world) all of them run this loop and the
+trainer's `train_step`; the first one alone logs, validates, draws and saves, while the others wait.
 """
 
 from __future__ import annotations
@@ -100,12 +103,12 @@ def run_training(
     the state saved; NumericError if too many steps were no numbers; MemoryLimitError; ArtifactError if the disk is
     full. After any of them the same call goes on from the last checkpoint.
     """
-    loop = _Loop(trainer, run, config, on_step, dict(info or {}), on_validation)
+    loop = _Loop(trainer, run, config, on_step if run.world.is_first else ignore, dict(info or {}), on_validation)
     try:
         with StopRequest() as stop, memory_limits(trainer):
             return loop.run(stop)
     finally:
-        loop.log.close()
+        loop.close()
 
 
 @contextmanager
@@ -133,7 +136,7 @@ class _Loop:
         info: dict[str, Any],
         on_validation: OnValidation | None,
     ) -> None:
-        self.on_validation = on_validation
+        self.on_validation, self.world = on_validation, run.world
         self.trainer, self.run_folder, self.config, self.on_step, self.info = trainer, run, config, on_step, info
         self.result = LoopResult(step=run.step)
         self.policy = SkipPolicy(hint=trainer.numeric_hint)
@@ -148,9 +151,16 @@ class _Loop:
             self.pending = list(manifest.info.get("pending", []))
             self.policy.steps = list(manifest.info.get("skipped_steps", []))
             self.parent, self.saved_step = manifest.digest, self.result.step
-        self.log = RunLog(run.path, self.result.step, config.tensorboard, self._report)
+        self.world.wait()  # for a processor's work that takes long, such as decoding; a GPU that waits says nothing
+        trainer.parts.start_alike(self.world)
+        self.log = RunLog(run.path, self.result.step, config.tensorboard, self._report) if run.world.is_first else None
         self.meter = Meter()
         self.last_save = self.last_report = self.window_start = time.monotonic()
+
+    def close(self) -> None:
+        """Flush the log."""
+        if self.log is not None:
+            self.log.close()
 
     def run(self, stop: StopRequest) -> LoopResult:
         config = self.config
@@ -171,9 +181,11 @@ class _Loop:
                 "eval": _due(done, config.eval_every) or (is_last and config.eval_every > 0),
                 "save": _due(done, config.save_every) or is_last or self._is_save_time(),
             }
-            if any(due.values()) or stop.name:
+            # clocks and signals reach each process at another moment
+            stop.number, due["save"] = self.world.largest(stop.number, due["save"])
+            if any(due.values()) or stop.number:
                 self._read()
-            if stop.name:
+            if stop.number:
                 self._save(pending=[name for name in _LOOKS if due[name]])
                 raise InterruptedRun(
                     f"stopped by {stop.name} after step {done:,} of {config.steps:,}; the state is saved in "
@@ -187,7 +199,7 @@ class _Loop:
                 self.window_start = time.monotonic()
             elif time.monotonic() - self.last_report > _HEARTBEAT:
                 self._report()
-        if not self.run_folder.holds(self.trainer.published, self.trainer.published):
+        if self.world.is_first and not self.run_folder.holds(self.trainer.published, self.trainer.published):
             self._publish()  # a kill may have come between a checkpoint and this
         if not math.isfinite(self.result.validation.get("loss", 0.0)):
             raise NumericError(
@@ -200,35 +212,44 @@ class _Loop:
         """Wait for the device, log what happened since the last time, and judge skipped steps."""
         done, num_steps = self.result.step, len(self.meter)
         values, skipped = self.meter.read()
+        if self.log is not None:
+            self._write(self.log, values, skipped, num_steps)
+        self.policy.note(skipped, done)
+        self.window_start = time.monotonic()
+
+    def _write(self, log: RunLog, values: dict[str, float], skipped: Sequence[int], num_steps: int) -> None:
+        """Log and report what `num_steps` steps came to."""
+        done = self.result.step
         seconds = time.monotonic() - self.window_start
         self.result.seconds += seconds
         values["images_per_second"] = num_steps * self.trainer.batch_size / max(seconds, 1e-9)
         self.result.values = values
-        self.log.write("train", done, {**values, "seconds": round(self.result.seconds, 3)})
+        log.write("train", done, {**values, "seconds": round(self.result.seconds, 3)})
         for step in skipped:
-            self.log.write("event", step + 1, {"event": "not a number", **self.trainer.describe_batch(step)})
+            log.write("event", step + 1, {"event": "not a number", **self.trainer.describe_batch(step)})
             self._report(f"step {step + 1:,} was skipped: its loss or gradients were no numbers")
         self._report()
-        self.policy.note(skipped, done)
-        self.window_start = time.monotonic()
 
     def _look(self, names: list[str]) -> None:
-        """Validate, draw and evaluate, if they are among `names`."""
-        if "validate" in names:
-            self._validate()
-        if "sample" in names:
-            self._draw()
-        if "eval" in names:
-            self._evaluate()
+        """Validate, draw and evaluate, if they are among `names`: the first process, while the others wait."""
+        if self.log is not None:
+            if "validate" in names:
+                self._validate(self.log)
+            if "sample" in names:
+                self._draw(self.log)
+            if "eval" in names:
+                self._evaluate(self.log)
+        if names:
+            self.world.wait()
 
-    def _validate(self) -> None:
+    def _validate(self, log: RunLog) -> None:
         with undisturbed(self.trainer.parts.device):
             values = dict(self.trainer.validate())
         if not values:
             return
         done, loss = self.result.step, values.get("loss")
         self.result.validation = values
-        self.log.write("validation", done, values)
+        log.write("validation", done, values)
         best = self.result.best
         is_best = loss is not None and math.isfinite(loss) and (best is None or loss < best["loss"])
         if is_best:
@@ -238,7 +259,7 @@ class _Loop:
         shown = ", ".join(f"{name} {values[name]:.4g}" for name in self.trainer.shown if name in values)
         self._report(f"validation after step {done:,}: {shown}{' (best so far)' if is_best else ''}")
         for about, text in self.trainer.find_faults(done, values).items():
-            if self.log.write_warning(done, about, text):
+            if log.write_warning(done, about, text):
                 self._report(f"warning: {text}")
         try:
             if self.on_validation is not None:
@@ -246,7 +267,7 @@ class _Loop:
         except VarcliError as error:  # what others make of the log is not worth a run
             self._report(f"after step {done:,}: {error}")
 
-    def _draw(self) -> None:
+    def _draw(self, log: RunLog) -> None:
         try:
             with undisturbed(self.trainer.parts.device):
                 image = self.trainer.draw(self.result.step)
@@ -257,9 +278,9 @@ class _Loop:
             return
         folder = prepare_folder(self.run_folder.path / SAMPLES_NAME)
         save_png(folder / f"{checkpoint_name(self.result.step)}.png", image)
-        self.log.write_image(self.result.step, image)
+        log.write_image(self.result.step, image)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, log: RunLog) -> None:
         done = self.result.step
         try:
             with undisturbed(self.trainer.parts.device):
@@ -268,12 +289,21 @@ class _Loop:
             self._report(f"no evaluation after step {done:,}: {error}")
             return
         if values:
-            self.log.write("evaluation", done, values)
+            log.write("evaluation", done, values)
             shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             self._report(f"evaluation after step {done:,}: {shown}")
 
     def _save(self, pending: Sequence[str] = ()) -> None:
-        """Write a checkpoint; `pending` is what is due at this step and left to whoever goes on from it."""
+        """Write a checkpoint, which holds what every process has; all wait for it.
+
+        pending: what is due at this step and left to whoever goes on from it.
+        """
+        if self.world.is_first:
+            self._write_checkpoint(pending)
+        self.world.wait()
+        self.last_save = time.monotonic()
+
+    def _write_checkpoint(self, pending: Sequence[str]) -> None:
         done = self.result.step
         if self.saved_step != done:
             info = {
@@ -291,7 +321,6 @@ class _Loop:
             self.saved_step = done
         if not (self.config.keep_best and self.result.best is not None):
             self._publish()
-        self.last_save = time.monotonic()
 
     def _publish(self) -> None:
         best = self.result.best

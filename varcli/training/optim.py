@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from varcli.distributed import ALONE, World
 from varcli.training.ema import Ema
+from varcli.training.parallel import average_gradients
 from varcli.training.schedules import Schedule
 
 
@@ -87,7 +89,8 @@ class Updater:
     """Steps one optimizer along its schedule, after clipping; skips a step whose loss or gradients are no numbers.
 
     A skipped step leaves weights, moments and the average of weights as they were.
-    grad_clip: largest global gradient norm; None turns clipping off. loss_scale: for float16, else None.
+    grad_clip: largest global gradient norm; None turns clipping off. loss_scale: for float16, else None. world: processes
+    that each have the gradients of a part of the batch, which are averaged first.
     """
 
     def __init__(
@@ -98,7 +101,9 @@ class Updater:
         grad_clip: float | None = None,
         ema: Ema | None = None,
         loss_scale: LossScale | None = None,
+        world: World = ALONE,
     ) -> None:
+        self.world = world
         self.optimizer, self.schedule, self.grad_clip = optimizer, schedule, grad_clip
         self.ema, self.loss_scale = ema, loss_scale
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -123,11 +128,12 @@ class Updater:
 
     @torch.no_grad()
     def finish(self, loss: Tensor) -> Mapping[str, Tensor | float]:
-        """Clip and step. loss: 0-d, of the whole batch. Returns numbers for the log.
+        """Clip and step. loss: 0-d, of the whole batch, all processes' parts. Returns numbers for the log.
 
         "gradient_norm" is the norm before clipping; "skipped" is 1 if the step was refused and no float16 overflow
         explains it; "learning_rate" is a float.
         """
+        average_gradients(self.parameters, self.world)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if self.loss_scale is not None:
             torch._foreach_mul_(gradients, 1 / self.loss_scale.factor)

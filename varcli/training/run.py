@@ -14,6 +14,7 @@ from varcli.artifacts.manifest import MANIFEST_NAME, Manifest, describe_process,
 from varcli.artifacts.verify import read_checked_bytes, read_json, read_manifest, verify_folder
 from varcli.artifacts.write import atomic_folder, write_bytes, write_json
 from varcli.config import Config
+from varcli.distributed import ALONE, World
 from varcli.errors import ArtifactError, ConfigError, unknown_name
 from varcli.training.checkpoint import RESUME_MODES, find_checkpoint
 
@@ -21,10 +22,13 @@ CONFIG_NAME = "config.json"
 
 
 class RunFolder:
-    """An open run folder, held by this process; get one from `open_run`."""
+    """An open run folder, held by this job; get one from `open_run`.
 
-    def __init__(self, path: Path, resume: str) -> None:
-        self.path = path
+    world: the processes that train here; the first one writes.
+    """
+
+    def __init__(self, path: Path, resume: str, world: World = ALONE) -> None:
+        self.path, self.world = path, world
         stored = read_json(path / CONFIG_NAME) if (path / CONFIG_NAME).is_file() else None
         if stored is not None and not (isinstance(stored, dict) and isinstance(stored.get("config"), dict)):
             raise ArtifactError(f"`{path / CONFIG_NAME}` is not a run's config", "choose another --out")
@@ -67,7 +71,8 @@ class RunFolder:
         record = {"kind": kind, "config": dict(config), "inputs": dict(inputs)}
         fixed = {key: value for key, value in record["config"].items() if key not in free}
         self.digest = digest_json({**record, "config": fixed})
-        write_json(self.path / CONFIG_NAME, {**record, "made_by": describe_process()})
+        if self.world.is_first:
+            write_json(self.path / CONFIG_NAME, {**record, "made_by": describe_process()})
 
     def _refuse(self, changes: list[str]) -> None:
         if changes:
@@ -94,18 +99,28 @@ class RunFolder:
 
 
 @contextmanager
-def open_run(path: Path, resume: str = "auto") -> Iterator[RunFolder]:
+def open_run(path: Path, resume: str = "auto", world: World = ALONE) -> Iterator[RunFolder]:
     """Make or open a run folder and hold it while the body runs.
 
-    resume: see `find_checkpoint`; "never" refuses a folder that holds a run. Raises ArtifactError if it cannot be
+    resume: see `find_checkpoint`; "never" refuses a folder that holds a run. world: all its processes open the folder,
+    the first one holds it for them. Raises ArtifactError if it cannot be
     written or holds something else, LockedError if another process trains there, IntegrityError if its newest
     checkpoint is damaged.
     """
     path = Path(path)
     if resume not in RESUME_MODES:
         raise unknown_name("resume mode", resume, RESUME_MODES)
-    with hold_folder(path, {CONFIG_NAME}, "run"):
-        yield RunFolder(path, resume)
+    if world.is_first:
+        with hold_folder(path, {CONFIG_NAME}, "run"):
+            run = RunFolder(path, resume, world)
+            world.wait()  # what is damaged is set aside, so that all find the same
+            world.wait()  # the others have read what there is, before it changes
+            yield run
+    else:
+        world.wait()
+        run = RunFolder(path, resume, world)
+        world.wait()
+        yield run
 
 
 def keep_stored(config: Config, stored: Mapping[str, Any] | None, given: Collection[str]) -> Config:

@@ -11,14 +11,19 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C; a scheduler's end; a schedu
 
 
 class StopRequest:
-    """While entered, the first SIGINT, SIGTERM or SIGUSR1 is noted in `name`; a second SIGINT leaves at once.
+    """While entered, the first SIGINT, SIGTERM or SIGUSR1 is noted in `number`; a second SIGINT leaves at once.
 
     Outside the main thread, where Python allows no handlers, it notes nothing.
     """
 
     def __init__(self) -> None:
-        self.name: str | None = None
+        self.number = 0  # of the first signal, 0 for none
         self._previous: dict[int, Any] = {}
+
+    @property
+    def name(self) -> str | None:
+        """Name of the signal that came first, None if none has come."""
+        return signal.Signals(self.number).name if self.number else None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -33,6 +38,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.name is not None and number == signal.SIGINT:
+        if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.name = self.name or signal.Signals(number).name
+        self.number = self.number or number

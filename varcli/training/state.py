@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from varcli.artifacts.weights import load_state
+from varcli.distributed import World
 from varcli.errors import ArtifactError
 from varcli.training.ema import Ema
 from varcli.training.optim import LossScale
@@ -80,6 +81,14 @@ class Parts:
         for name, source in self.generators.items():
             _restore_generator(source, _below(states, f"generator/{name}"), f"`{where}` holds no state of `{name}`")
         restore_random(states, self.device)
+
+    def start_alike(self, world: World) -> None:
+        """Give all processes rank 0's weights and averages: one seed's may differ in the last bit between processors."""
+        if world.size > 1:
+            for tensor in (tensor for module in self.modules.values() for tensor in module.state_dict().values()):
+                world.copy_first(tensor)
+            for tensor in (tensor for average in self.averages.values() for tensor in average.tensors().values()):
+                world.copy_first(tensor)
 
     def _parameter_names(self) -> dict[int, str]:
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,20 @@ from varcli import config as configs
 from varcli.data.images import ImageTree, describe_enlarging, open_images, typical_side
 from varcli.data.skips import Skips
 from varcli.devices import precision_name, resolve_device, resolve_precision
+from varcli.distributed import ALONE, World
+from varcli.errors import ConfigError
 from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer import TokenizerConfig
-from varcli.tokenizer.store import KIND
+from varcli.tokenizer.store import KIND, load_tokenizer
 from varcli.training.loop import LoopConfig, OnValidation, run_training
+from varcli.training.parallel import share_batch
+from varcli.training.parent import Parent, find_parent
 from varcli.training.pixels import open_pixels, read_held_out
 from varcli.training.run import keep_stored, open_run
 from varcli.training.tokenizer_objective import TokenizerTrainConfig
 from varcli.training.tokenizer_trainer import TokenizerTrainer
 
-_FREE = LoopConfig.FREE - {"steps"} | {"lpips_weights", "workers", "max_skip"}  # what changes no number
+_FREE = LoopConfig.FREE - {"steps"} | {"lpips_weights", "checkpointing", "workers", "max_skip"}  # change no number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,35 +45,52 @@ def train_tokenizer(
     out: Path,
     config: TokenizerTrainConfig | None = None,
     *,
+    init_from: Path | str | None = None,
+    architecture: Mapping[str, Any] | None = None,
     device: str = "auto",
     resume: str = "auto",
     given: Collection[str] | None = None,
     on_step: OnStep = ignore,
     on_validation: OnValidation | None = None,
+    world: World = ALONE,
 ) -> TokenizerTrainResult:
     """Train a tokenizer on a folder of images, into a run folder; go on with a run begun there.
 
     images: an image tree; a "val" split, if there is one, is held out and measured on. The tokenizer is written to
-    `out/tokenizer` with each checkpoint. given: names of settings that a resumed run must have been begun with, None means
-    those that are not at their defaults; it keeps the others. on_validation: called with the run folder after each
-    validation, e.g. to draw what its log holds. Images smaller than the tokenizer's are enlarged, which is told; how
-    they are cut and read: `open_pixels`.
-    Raises DataError for images that cannot be used or fewer than a batch, SkipLimitError if too many cannot,
-    ConfigError for settings that differ from the run's, and what `run_training` raises.
+    `out/tokenizer` with each checkpoint. Images smaller than the tokenizer's are enlarged, which is told; how they are cut
+    and read: `open_pixels`. init_from: a tokenizer, model or run folder whose architecture and weights a new run begins
+    with; see `Parent.inherit` for what may differ. architecture: the settings of `config.tokenizer` that are asked for
+    where not all of them are; the others are init_from's, or TokenizerConfig's defaults. given: names of settings that a
+    resumed run must have been begun with, None means those that are not at their defaults; it keeps the others.
+    on_validation: called with the run folder after each validation, e.g. to draw what its log holds. world: processes
+    that share each batch and all call this, each with a device of its own; the first one alone writes, tells and
+    measures, and any number of them may go on with a run.
+    Raises DataError for images that cannot be used or fewer than a batch, SkipLimitError if too many cannot, ConfigError
+    for settings that differ from the run's, and what `run_training` raises.
     """
     config = config or TokenizerTrainConfig()
+    asked = architecture or (configs.to_dict(config.tokenizer) if config.tokenizer else {})
     fixed = configs.changed(config) if given is None else given
     where = resolve_device(device)
     tree = open_images(images, allow_single_class=True)
     names = list(tree.splits)
+    on_step = on_step if world.is_first else ignore
     train = "train" if "train" in names else names[0]
-    with open_run(out, resume) as run:
+    with open_run(out, resume, world) as run:
         config = keep_stored(config, run.config, fixed)
-        architecture = config.tokenizer or TokenizerConfig.for_side(typical_side(tree.root, tree.splits[train]))
-        precision = precision_name(resolve_precision(config.precision, where))
-        config = replace(config, tokenizer=architecture, precision=precision)
+        share_batch(config.batch_size, world)  # raises before anything is read or written
+        parent = find_parent(run, init_from)
+        if parent is not None:
+            config = replace(config, tokenizer=parent.inherit(asked))
+        elif architecture:
+            config = replace(config, tokenizer=configs.from_dict(TokenizerConfig, architecture))
+        elif config.tokenizer is None:
+            config = replace(config, tokenizer=TokenizerConfig.for_side(typical_side(tree.root, tree.splits[train])))
+        _check_start(config, parent)
+        config = replace(config, precision=precision_name(resolve_precision(config.precision, where)))
         listing = hashlib.sha256("\n".join(tree.splits[train].paths).encode("utf-8", "surrogateescape")).hexdigest()
-        inputs = {"images": listing}
+        origin = {} if parent is None else {"init_from": parent.fingerprint}
+        inputs = {"images": listing, **origin}
         run.require_inputs(KIND, inputs)
         size = config.tokenizer.image_size
 
@@ -90,11 +111,13 @@ def train_tokenizer(
         )
         with source as pixels:
             held_out = torch.zeros(0, 3, size, size, dtype=torch.uint8, device=where)
-            if "val" in names and train != "val":
+            if "val" in names and train != "val" and world.is_first:  # which measures alone
                 found = read_held_out(tree, "val", size, workers=config.workers, skips=skips, on_step=on_step)
                 held_out = found.to(where)
-            trainer = TokenizerTrainer(config, pixels, held_out, where)
-            for line in _describe_plan(trainer, tree, train):
+            weights = None if parent is None or parent.folder is None else load_tokenizer(parent.folder)
+            trainer = TokenizerTrainer(config, pixels, held_out, where, world, weights)
+            del weights
+            for line in _describe_plan(trainer, tree, train, parent):
                 tell(line)
             run.settle(KIND, configs.to_dict(config), inputs, _FREE)
             loop = LoopConfig(
@@ -104,14 +127,28 @@ def train_tokenizer(
                 sample_every=config.validate_every,
                 save_every=config.save_every,
             )
-            info = {"images": len(pixels), "classes": list(tree.classes)}
+            info = {"images": len(pixels), "classes": list(tree.classes), **origin}
             result = run_training(trainer, run, loop, on_step, info, on_validation)
     return TokenizerTrainResult(
         folder=Path(out), step=result.step, seconds=result.seconds, validation=result.validation
     )
 
 
-def _describe_plan(trainer: TokenizerTrainer, tree: ImageTree, train: str) -> Iterator[str]:
+def _check_start(config: TokenizerTrainConfig, parent: Parent | None) -> None:
+    """Raise ConfigError for settings that make no sense with a tokenizer to start from, or only with one."""
+    if parent is None and config.frozen:
+        raise ConfigError(
+            f"{', '.join(config.frozen)} cannot be frozen before having learned anything",
+            "name a tokenizer to start from with --init-from, or leave out `frozen`",
+        )
+    if parent is not None and config.codebook_init != "random":
+        raise ConfigError(
+            f"codebook_init is {config.codebook_init}, but the codebook comes with the tokenizer to start from",
+            "leave it out: the codebook is kept",
+        )
+
+
+def _describe_plan(trainer: TokenizerTrainer, tree: ImageTree, train: str, parent: Parent | None) -> Iterator[str]:
     """Say what is about to be trained on what."""
     config, tokenizer = trainer.config, trainer.model.config
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
@@ -122,7 +159,9 @@ def _describe_plan(trainer: TokenizerTrainer, tree: ImageTree, train: str) -> It
         f"of {tokenizer.vocab_size:,} codes; {config.steps:,} steps of {config.batch_size:,} of "
         f"{len(trainer.images):,} images, {len(trainer.held_out):,}{part} held out"
         f"{'' if len(trainer.held_out) else ', so that validation measures images of training'}"
+        f"{'' if parent is None else f'; begun with the tokenizer {parent.fingerprint}'}"
+        f"{'' if not config.frozen else ', of which stay as they are: ' + ', '.join(config.frozen)}"
     )
     enlarged = describe_enlarging(typical_side(tree.root, tree.splits[train]), tokenizer.image_size)
     if enlarged:
-        yield f"warning: {enlarged}: a smaller --size learns them as they are"
+        yield f"warning: {enlarged}: fewer patch_nums or channel_multipliers learn them as they are"

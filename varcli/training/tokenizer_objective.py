@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from varcli.devices import autocast
+from varcli.distributed import ALONE, World
 from varcli.errors import ConfigError, unknown_name
 from varcli.tokenizer import VQVAE, TokenizerConfig
 from varcli.tokenizer.augment import AUGMENTATIONS, augment_pair
@@ -25,6 +26,8 @@ from varcli.tokenizer.losses import (
 
 CODEBOOK_INITS = ("random", "data")
 REGULARIZERS = ("lecam", "r1", "none")
+PARTS = {"encoder": ("encoder", "pre_conv"), "quantizer": ("quantizer",), "decoder": ("post_conv", "decoder")}
+"""What may be frozen, and its modules: with the encoder and the quantizer frozen an image's codes stay what they are."""
 _R1_EVERY = (
     16  # steps of the discriminator between R1 penalties, each of which counts for all (arXiv:1912.04958, Sec. 3.1)
 )
@@ -62,6 +65,10 @@ class TokenizerTrainConfig:
     flip: bool = True  # mirror images at random; a tokenizer may, whatever the pictures say
     shift: int = 4  # pixels an image is moved at most, its border repeated
     precision: str = "auto"  # auto, fp32 or bf16
+    frozen: tuple[
+        str, ...
+    ] = ()  # parts that do not learn, of encoder, quantizer and decoder; needs a tokenizer to start from
+    checkpointing: bool = False  # compute each level's activations twice instead of keeping them: less memory, slower
     compile: bool | None = None  # torch.compile; None decides by device
     seed: int = 0  # of weights, order, crops, augmentation and restarts
     workers: int | None = None  # processes that decode images; None is one a core, 0 decodes in the trainer's own
@@ -88,6 +95,11 @@ class TokenizerTrainConfig:
         for name in self.discriminator_augment:
             if name not in AUGMENTATIONS:
                 raise unknown_name("augmentation", name, AUGMENTATIONS)
+        for name in self.frozen:
+            if name not in PARTS:
+                raise unknown_name("part to freeze", name, PARTS)
+        if set(self.frozen) == set(PARTS):
+            raise ConfigError(f"with {', '.join(PARTS)} frozen nothing is left to learn", "leave one out of `frozen`")
         weights = (self.quantizer_weight, self.perceptual_weight, self.adversarial_weight)
         weights += (self.lecam_weight, self.r1_weight)
         if not all(0 <= weight < math.inf for weight in weights):
@@ -99,12 +111,22 @@ class TokenizerTrainConfig:
 
 
 class TokenizerObjective(nn.Module):
-    """Everything one step of tokenizer training needs besides optimizers: the tokenizer, its judges, and their losses."""
+    """Everything one step of tokenizer training needs besides optimizers: the tokenizer, its judges, and their losses.
 
-    def __init__(self, config: TokenizerTrainConfig, device: torch.device, dtype: torch.dtype) -> None:
+    world: processes that each see a part of the batch, all of one size. Gradients and the numbers returned are those of
+    this process's part, whose mean over the processes is that of the batch.
+    """
+
+    def __init__(
+        self, config: TokenizerTrainConfig, device: torch.device, dtype: torch.dtype, world: World = ALONE
+    ) -> None:
         super().__init__()
-        self.config, self.device, self.dtype = config, device, dtype
+        self.config, self.device, self.dtype, self.world = config, device, dtype, world
         self.tokenizer = VQVAE(config.tokenizer)
+        self.tokenizer.encoder.checkpointing = self.tokenizer.decoder.checkpointing = config.checkpointing
+        self.frozen = [self.tokenizer.get_submodule(name) for part in config.frozen for name in PARTS[part]]
+        for module in self.frozen:
+            module.requires_grad_(False)
         self.discriminator = PatchDiscriminator() if config.adversarial_weight else None
         self.lecam = LeCamPenalty()
         self.perceptual = PERCEPTUAL[config.perceptual](config.lpips_weights) if config.perceptual_weight else None
@@ -119,6 +141,12 @@ class TokenizerObjective(nn.Module):
             self.run_tokenizer = torch.compile(self.tokenizer, mode="reduce-overhead")
             if self.perceptual is not None:
                 self.run_perceptual = torch.compile(self.perceptual, mode="reduce-overhead")
+
+    def learn(self) -> None:
+        """Put the tokenizer into training mode, but for its frozen parts, which must drop out nothing."""
+        self.tokenizer.train()
+        for module in self.frozen:
+            module.eval()
 
     def backward_tokenizer(
         self, images: Tensor, num_kept_B: Tensor, adversarial_share: float, generator: torch.Generator
@@ -141,14 +169,18 @@ class TokenizerObjective(nn.Module):
         (gradient,) = torch.autograd.grad(content, leaf)
         if adversarial_share > 0:
             with autocast(self.device, self.dtype):
-                _, seen = augment_pair(images, leaf, self.config.discriminator_augment, generator)
+                _, seen = augment_pair(images, leaf, self.config.discriminator_augment, generator, self.world)
                 adversarial = generator_loss(self.discriminator(seen))
             (push,) = torch.autograd.grad(adversarial, leaf)
-            gradient = gradient + push * (adversarial_share * gradient.norm() / (push.norm() + 1e-8))
+            squares = torch.stack([gradient.square().sum(), push.square().sum()])
+            content_norm, push_norm = self.world.sum(squares).sqrt()  # over the batch, wherever its parts are
+            gradient = gradient + push * (adversarial_share * content_norm / (push_norm + 1e-8))
             numbers["adversarial_loss"] = adversarial.detach()
-        torch.autograd.backward(
-            [reconstructions, quantizer_loss * self.config.quantizer_weight], [gradient.to(reconstructions.dtype), None]
-        )
+        starts = [(reconstructions, gradient.to(reconstructions.dtype))]
+        starts.append((quantizer_loss * self.config.quantizer_weight, None))
+        # with frozen parts one of the two may reach nothing that learns
+        tensors, gradients = zip(*(start for start in starts if start[0].requires_grad), strict=True)
+        torch.autograd.backward(tensors, gradients)
         return numbers, leaf.detach(), codes
 
     def _run(self, images: Tensor, num_kept_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,14 +200,14 @@ class TokenizerObjective(nn.Module):
         self, step: int, images: Tensor, reconstructions: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Add one batch's gradients of step `step` to the discriminator's parameters; return numbers for the log."""
-        real, fake = augment_pair(images, reconstructions, self.config.discriminator_augment, generator)
+        real, fake = augment_pair(images, reconstructions, self.config.discriminator_augment, generator, self.world)
         with autocast(self.device, self.dtype):
             real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).float().chunk(2)
         loss = discriminator_loss(real_logits, fake_logits)
         numbers = {"discriminator_loss": loss.detach()}
         numbers |= {"real_logit": real_logits.detach().mean(), "fake_logit": fake_logits.detach().mean()}
         if self.config.regularizer == "lecam":
-            loss = loss + self.config.lecam_weight * self.lecam(real_logits, fake_logits)
+            loss = loss + self.config.lecam_weight * self.lecam(real_logits, fake_logits, self.world)
         elif self.config.regularizer == "r1" and step % _R1_EVERY == 0:
             penalty = r1_penalty(self.discriminator, real)
             loss = loss + 0.5 * self.config.r1_weight * _R1_EVERY * penalty
@@ -192,18 +224,25 @@ def adversarial_share(step: int, config: TokenizerTrainConfig) -> float:
     return config.adversarial_weight * min(1.0, (step - start) / max(0.05 * config.steps, 1))
 
 
-def augment(images_u8: Tensor, config: TokenizerTrainConfig, generator: torch.Generator) -> Tensor:
-    """Mirror and shift uint8 images (B, 3, H, W) at random by whole pixels; returns floats in [-1, 1]."""
+def augment(
+    images_u8: Tensor, config: TokenizerTrainConfig, generator: torch.Generator, world: World = ALONE
+) -> Tensor:
+    """Mirror and shift uint8 images (B, 3, H, W) at random by whole pixels; returns floats in [-1, 1].
+
+    world: processes that have such a part of a batch each; as in `augment_pair`.
+    """
     batch, _, height, width = images_u8.shape
+    whole = (batch * world.size, 1)
     device = images_u8.device
 
     def offsets() -> Tensor:
-        return torch.randint(-config.shift, config.shift + 1, (batch, 1), generator=generator, device=device)
+        drawn = torch.randint(-config.shift, config.shift + 1, whole, generator=generator, device=device)
+        return world.share(drawn)
 
     rows = (torch.arange(height, device=device) + offsets()).clamp(0, height - 1)
     columns = (torch.arange(width, device=device) + offsets()).clamp(0, width - 1)
     if config.flip:
-        mirrored = torch.rand(batch, 1, generator=generator, device=device) < 0.5
+        mirrored = world.share(torch.rand(whole, generator=generator, device=device)) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     picks = torch.arange(batch, device=device).view(batch, 1, 1)
     moved = images_u8.permute(0, 2, 3, 1)[picks, rows.unsqueeze(2), columns.unsqueeze(1)]

@@ -13,12 +13,16 @@ from torch import Tensor
 from varcli.artifacts.write import atomic_folder
 from varcli.data.samples import make_grid
 from varcli.devices import resolve_precision
+from varcli.distributed import ALONE, World
+from varcli.tokenizer import VQVAE
 from varcli.tokenizer.health import count_codes, restart_dead_codes
 from varcli.tokenizer.initialize import init_codebook
 from varcli.tokenizer.judge import evaluate_tokenizer, scale_strip
 from varcli.tokenizer.store import KIND, save_tokenizer
 from varcli.training.ema import Ema
 from varcli.training.optim import Updater, build_adamw
+from varcli.training.parallel import average_numbers, share_batch
+from varcli.training.parent import load_parent
 from varcli.training.pixels import Pixels
 from varcli.training.schedules import Schedule
 from varcli.training.state import Parts
@@ -42,24 +46,41 @@ _MEASURED_IMAGES = 1024  # of the training images, that validation takes where n
 class TokenizerTrainer(Trainer):
     """Reconstruction, quantizer and a late discriminator, plugged into the shared loop.
 
-    images: what to learn from. held_out: what to measure on; if it is empty, validation takes images of training.
+    images: what to learn from. held_out: what to measure on; if it is empty, validation takes images of training. world:
+    the processes that share every batch. What is drawn at random is drawn for the whole batch by all of them alike, and
+    what is counted is counted over all of them, so that their number changes nothing but the time. parent: the tokenizer
+    to start from.
     """
 
     published = KIND
     shown = ("loss", "psnr", "codebook_used", "codes_restarted")
+    memory_hint = "use a smaller --batch-size, or --set checkpointing=true"
     numeric_hint = (
         "start anew with a lower learning rate (--lr), --precision fp32, or a lower --set discriminator_learning_rate if "
         "the discriminator was at work"
     )
 
-    def __init__(self, config: TokenizerTrainConfig, images: Pixels, held_out: Tensor, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TokenizerTrainConfig,
+        images: Pixels,
+        held_out: Tensor,
+        device: torch.device,
+        world: World = ALONE,
+        parent: VQVAE | None = None,
+    ) -> None:
         torch.manual_seed(config.seed)
+        self.world, self.share_size = world, share_batch(config.batch_size, world)
         self.config, self.images, self.held_out, self.device = config, images, held_out, device
         self.measured = held_out if len(held_out) else images.spread(_MEASURED_IMAGES)
         self.batch_size = config.batch_size
         self.generator = torch.Generator(device).manual_seed(config.seed)
-        self.objective = TokenizerObjective(config, device, resolve_precision(config.precision, device))
-        self.model = self.objective.tokenizer.train()
+        self.objective = TokenizerObjective(config, device, resolve_precision(config.precision, device), world)
+        self.model = self.objective.tokenizer
+        self.objective.learn()
+        self.counts_codes = "quantizer" not in config.frozen
+        if parent is not None:
+            load_parent(self.model, parent, config.batch_size if self.counts_codes else None)
         self.average = Ema(self.model, config.ema_decay)
         schedule = Schedule(
             total_steps=config.steps,
@@ -71,7 +92,11 @@ class TokenizerTrainer(Trainer):
         )
         # beta2 as of GANs: the codebook's and the discriminator's gradients change fast
         self.updater = Updater(
-            build_adamw(self.model, betas=(0.9, 0.99)), schedule, grad_clip=config.grad_clip, ema=self.average
+            build_adamw(self.model, betas=(0.9, 0.99)),
+            schedule,
+            grad_clip=config.grad_clip,
+            ema=self.average,
+            world=world,
         )
         modules: dict[str, torch.nn.Module] = {KIND: self.model}
         optimizers = {KIND: self.updater.optimizer}
@@ -83,7 +108,7 @@ class TokenizerTrainer(Trainer):
                 shape="constant",
                 weight_decay=0.0,
             )
-            self.judge = Updater(build_adamw(self.objective.discriminator, betas=(0.5, 0.9)), constant)
+            self.judge = Updater(build_adamw(self.objective.discriminator, betas=(0.5, 0.9)), constant, world=world)
             modules |= {"discriminator": self.objective.discriminator, "lecam": self.objective.lecam}
             optimizers["discriminator"] = self.judge.optimizer
         self.parts = Parts(
@@ -95,19 +120,24 @@ class TokenizerTrainer(Trainer):
 
     def train_step(self, step: int) -> Mapping[str, Tensor | float]:
         """One step of the tokenizer and, once it learns, one of the discriminator; see `Trainer.train_step`."""
-        config = self.config
+        config, world = self.config, self.world
         if step == 0 and config.codebook_init == "data":
             self._init_codebook()
-        images = augment(self.images.batch(step * config.batch_size, config.batch_size), config, self.generator)
-        kept = draw_kept_scales(len(images), config, self.generator, self.device)
+        if config.tokenizer.dropout and world.size > 1:  # drawn by each process for its part, as nothing else is
+            torch.manual_seed((config.seed + step * world.size + world.rank) % 2**63)
+        position = step * config.batch_size + world.rank * self.share_size
+        images = augment(self.images.batch(position, self.share_size), config, self.generator, world)
+        kept = world.share(draw_kept_scales(config.batch_size, config, self.generator, self.device))
         share = adversarial_share(step, config)
         self.updater.begin(step)
         numbers, reconstructions, codes = self.objective.backward_tokenizer(images, kept, share, self.generator)
+        numbers = average_numbers(numbers, world)
         loss = numbers["pixel_loss"] + numbers["quantizer_loss"]
         numbers = {"loss": loss, **numbers, **self.updater.finish(loss)}
         if self.judge is not None and step >= 0.8 * config.adversarial_start * config.steps:
             self.judge.begin(step)
-            numbers |= self.objective.backward_discriminator(step, images, reconstructions, self.generator)
+            found = self.objective.backward_discriminator(step, images, reconstructions, self.generator)
+            numbers |= average_numbers(found, world)
             judged = self.judge.finish(numbers["discriminator_loss"])
             numbers["discriminator_gradient_norm"] = judged["gradient_norm"]
             numbers["skipped"] = torch.maximum(numbers["skipped"], judged["skipped"])
@@ -118,28 +148,32 @@ class TokenizerTrainer(Trainer):
     def _init_codebook(self) -> None:
         """Put the codebook where the features of some images are, before the first step."""
         images = self.images.spread(max(_INIT_IMAGES, self.batch_size))
-        chunks = [self.model.features(chunk.float() / 127.5 - 1) for chunk in images.split(self.batch_size)]
+        chunks = [self.model.features(chunk.float() / 127.5 - 1) for chunk in images.split(self.share_size)]
         init_codebook(self.model.quantizer, torch.cat(chunks), self.generator)
+        self.world.copy_first(self.model.quantizer.codebook.weight)  # a GPU's k-means adds up in no fixed order
         self.average.shadow["quantizer.codebook.weight"].copy_(self.model.quantizer.codebook.weight)
 
     @torch.no_grad()
     def _keep_codes_alive(self, step: int, images: Tensor, codes_BL: Tensor) -> int:
         """Count the picks of this step; now and then move codes nobody picks onto what the batch left over."""
         config, quantizer = self.config, self.model.quantizer
-        counts = count_codes(codes_BL, quantizer.scales, quantizer.vocab_size)
+        if not self.counts_codes:
+            return 0
+        counts = self.world.sum(count_codes(codes_BL, quantizer.scales, quantizer.vocab_size))
+        picks = codes_BL.numel() * self.world.size
         quantizer.usage_KV.lerp_(counts, 1 - _USAGE_DECAY)
         every = config.restart_every
         if not every or (step + 1) % every or step > config.restart_until * config.steps:
             return 0
         usage_V = quantizer.usage_KV.sum(dim=0)
-        dead_V = usage_V < _DEAD_SHARE * codes_BL.numel() / quantizer.vocab_size
-        moved = restart_dead_codes(quantizer, self.model.features(images), dead_V, self.generator)
+        dead_V = usage_V < _DEAD_SHARE * picks / quantizer.vocab_size
+        moved = restart_dead_codes(quantizer, self.model.features(images), dead_V, self.generator, self.world)
         table = quantizer.codebook.weight
         self.average.shadow["quantizer.codebook.weight"][moved] = table[moved]
         for moment in self.updater.optimizer.state.get(table, {}).values():
             if moment.shape == table.shape:
                 moment[moved] = 0
-        quantizer.usage_KV[:, moved] = codes_BL.numel() / quantizer.vocab_size / quantizer.scales.num_scales
+        quantizer.usage_KV[:, moved] = picks / quantizer.vocab_size / quantizer.scales.num_scales
         return len(moved)
 
     @torch.no_grad()
@@ -148,7 +182,7 @@ class TokenizerTrainer(Trainer):
         self.model.eval()
         with self.average.swapped():
             report = evaluate_tokenizer(self.model, self.measured, self.objective.perceptual)
-        self.model.train()
+        self.objective.learn()
         return {"loss": report["l1"] + report["mse"] + report.get("perceptual", 0.0), **report}
 
     def find_faults(self, step: int, validation: Mapping[str, Any]) -> Mapping[str, str]:
@@ -161,7 +195,7 @@ class TokenizerTrainer(Trainer):
         self.model.eval()
         with self.average.swapped():
             strip = scale_strip(self.model, Pixels(self.measured).spread(_STRIP_IMAGES))
-        self.model.train()
+        self.objective.learn()
         return make_grid(strip.flatten(0, 1).cpu(), columns=strip.shape[1])
 
     def describe_batch(self, step: int) -> dict[str, Any]:

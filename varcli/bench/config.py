@@ -1,0 +1,64 @@
+"""What `varcli bench` runs: the models, the batches, and how they compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from varcli import config as configs
+from varcli.errors import ConfigError
+from varcli.scales import PatchNums
+from varcli.tokenizer import TokenizerConfig
+from varcli.training.tokenizer_objective import TokenizerTrainConfig
+from varcli.transformer import TransformerConfig
+
+_SMALL_SIDE = 64  # pixels, of the small tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What is run. The defaults are the released model for 256 px at depth 16."""
+
+    depth: int = 16  # of the transformer
+    scales: str = "256"  # name of a schedule, or sides joined by commas
+    tokenizer_width: int = 160  # channels of the tokenizer at full resolution
+    # train-tokenizer: settings of the training; of them tokenizer (None: as above), batch_size, precision, compile do not count
+    tokenizer_training: TokenizerTrainConfig | None = None
+    batch_sizes: tuple[int, ...] = (64,)  # images at once, one measurement each
+    precision: str = "auto"  # auto, fp32, bf16 or fp16
+    compile: bool = False  # torch.compile what runs often
+    repeats: int = 5  # timed runs, of which the median counts
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __post_init__(self) -> None:
+        if self.depth < 1 or self.repeats < 1 or not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ConfigError("depth, repeats and every batch size must be at least 1")
+
+    @property
+    def patch_nums(self) -> PatchNums:
+        """The schedule of scales."""
+        return PatchNums.parse(self.scales)
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """Settings of `tokenizer`: the released one's, or the small one's for 64 px if these are its schedule and width."""
+        sides = tuple(self.patch_nums.sides)
+        small = TokenizerConfig.for_side(_SMALL_SIDE)
+        is_small = (sides, self.tokenizer_width) == (small.patch_nums, small.width)
+        return configs.to_dict(small) if is_small else {"patch_nums": sides, "width": self.tokenizer_width}
+
+    @property
+    def tokenizer(self) -> TokenizerConfig:
+        """The tokenizer of the schedule and width."""
+        return configs.from_dict(TokenizerConfig, self.architecture)
+
+    @property
+    def transformer(self) -> TransformerConfig:
+        """A transformer of the paper's architecture that predicts this tokenizer's codes."""
+        tokenizer = self.tokenizer
+        return TransformerConfig.from_depth(
+            self.depth,
+            step_lengths=self.patch_nums.step_lengths,
+            vocab_size=tokenizer.vocab_size,
+            code_channels=tokenizer.code_channels,
+        )
