@@ -135,7 +135,18 @@ def join_world(device: str = "auto") -> Iterator[tuple[World, str]]:
                 os._exit(1)  # a kernel that waits for a process that is gone would keep the interpreter from ending
             raise SystemExit(1) from None
         raise
+    _leave(world, store)
+
+
+def _leave(world: World, store: dist.Store) -> None:
+    """End the exchange: the process that keeps the store last, since the others' threads fail when it goes before them."""
     dist.destroy_process_group()
+    if not world.is_first:
+        store.add("varcli/left", 1)
+        return
+    until = time.monotonic() + _LAST_WORDS
+    while store.add("varcli/left", 0) < world.size - 1 and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 @contextmanager
