@@ -13,6 +13,8 @@ NAMED_SCHEDULES: dict[str, tuple[int, ...]] = {
 }
 """Schedules of the VAR paper by image side at downsampling factor 16 (arXiv:2404.02905, released code)."""
 
+_GROWING = (*NAMED_SCHEDULES["256"], 20, 25, 32, 40, 50, 64)  # each side about a quarter longer than the one before
+
 
 @dataclass(frozen=True)
 class PatchNums:
@@ -42,6 +44,14 @@ class PatchNums:
             raise ConfigError(
                 f"patch_nums must be whole numbers joined by commas, but is `{text}`", f"or one of: {names}"
             ) from None
+
+    @classmethod
+    def up_to(cls, grid_side: int) -> PatchNums:
+        """Return a schedule that ends at a grid of `grid_side`: the paper's if there is one, else each a quarter larger."""
+        for sides in NAMED_SCHEDULES.values():
+            if sides[-1] == grid_side:
+                return cls(sides)
+        return cls((*(side for side in _GROWING if side < grid_side), grid_side))
 
     @property
     def num_scales(self) -> int:

@@ -1,10 +1,11 @@
-"""`varcli train-tokenizer` and `varcli curves`: the result, the picture of its curves, and making that again."""
+"""`varcli train-tokenizer` and `varcli curves`: the result, the picture of its curves, making that again, and bad input."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from varcli.cli.app import app
@@ -50,3 +51,57 @@ def test_curves_that_cannot_be_drawn_do_not_cost_the_run(tiny_images, tmp_path, 
 def test_curves_of_what_is_no_run_are_refused(where, tmp_path):
     result = runner.invoke(app, ["curves", str(tmp_path / where)])
     assert result.exit_code == 1 and "metrics.jsonl" in result.stderr
+
+
+def test_a_size_chooses_the_architecture_and_small_images_are_enlarged_with_a_word(tiny_images, tmp_path):
+    given = [part for setting in SETTINGS[1:] for part in ("--set", setting)]
+    result = runner.invoke(
+        app, ["train-tokenizer", str(tiny_images), "--out", str(tmp_path / "run"), "--size", "48", *QUICK, *given]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "a tokenizer for 48 px" in result.stderr and "are enlarged to 48 px" in result.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert config["tokenizer"]["patch_nums"] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "given, text",
+    [
+        (["--batch-size", "500"], "fewer than one batch of 500"),
+        (["--size", "60"], "cannot be divided by the downsampling of 8"),
+        (["--size", "64"], "patch_nums end at 4, but images of 64 px are a grid of 8x8"),
+        (["--set", "tokenizer.patch_nums=[1,4,2]"], "coarse to fine"),
+        (["--lr", "nan"], "learning_rate"),
+        (["--set", "r1_weight=nan"], "takes a number, but got nan"),
+        (["--set", "tokenizer.widht=8"], "width"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_error_and_leave_nothing(tiny_images, tmp_path, given, text):
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    out = tmp_path / "run"
+    result = runner.invoke(app, ["train-tokenizer", str(tiny_images), "--out", str(out), *QUICK, *settings, *given])
+    assert result.exit_code == 1 and result.stderr.count("error:") == 1, result.stderr
+    assert text in result.stderr and "Traceback" not in result.stderr
+    assert not list(out.glob("*"))
+
+
+@pytest.mark.parametrize("content", ["nothing", "broken"])
+def test_folders_without_a_usable_image_are_one_error(tmp_path, content):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for number in range(8 if content == "broken" else 0):
+        (tmp_path / "images" / "a" / f"{number}.png").write_bytes(b"no picture")
+    result = train(tmp_path / "images", tmp_path / "run")
+    assert result.exit_code != 0 and result.stderr.count("error:") == 1, result.stderr
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_grey_transparent_and_palette_images_are_learned_from(tmp_path):
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    for number, mode in enumerate(["L", "LA", "RGBA", "P", "RGB", "1", "I;16", "CMYK"]):
+        suffix = "tif" if mode == "CMYK" else "png"
+        Image.new("RGB", (32, 32), (9 * number, 80, 160)).convert("L" if mode == "I;16" else mode).save(
+            folder / f"{number}.{suffix}"
+        )
+    result = train(tmp_path / "images", tmp_path / "run")
+    assert result.exit_code == 0, result.stderr

@@ -29,6 +29,10 @@ def train_tokenizer(
     batch_size: Annotated[int | None, Option("--batch-size", help="Images a step.", show_default=False)] = None,
     config: ConfigFileOption = None,
     settings: SetOption = None,
+    size: Annotated[
+        int | None,
+        Option("--size", min=1, help="Side in pixels of the images it is for; default: theirs.", show_default=False),
+    ] = None,
     lr: Annotated[float | None, Option("--lr", help="Peak learning rate.", show_default=False)] = None,
     seed: Annotated[int | None, Option("--seed", min=0, help="Seed of everything random; default: 0.")] = None,
     init_from: Annotated[
@@ -68,6 +72,7 @@ def train_tokenizer(
             resolved,
             init_from=init_from,
             architecture=architecture,
+            size=size,
             device=own_device,
             resume=resume,
             given=values.keys(),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -75,6 +76,28 @@ class TokenizerConfig:
             raise ConfigError(f"quant_conv_kernel must be odd, but is {self.quant_conv_kernel}")
         if self.num_phis < 0:
             raise ConfigError(f"num_phis must be 0 or more, but is {self.num_phis}")
+
+    def at_size(self, size: int, patch_nums: Sequence[int] | None = None) -> TokenizerConfig:
+        """Return this architecture for images of `size` pixels, with `patch_nums` or a schedule that ends at their grid.
+
+        Raises ConfigError if the downsampling does not divide `size`, or patch_nums end at another grid.
+        """
+        factor = self.downsampling
+        if size < factor or size % factor:
+            below = max(1, size // factor) * factor
+            raise ConfigError(
+                f"images of {size} px cannot be divided by the downsampling of {factor}, which the "
+                f"{len(self.channel_multipliers)} channel_multipliers {self.channel_multipliers} make",
+                f"use {below} or {below + factor} px, or another number of channel_multipliers",
+            )
+        grid = size // factor
+        if patch_nums is not None and patch_nums[-1] != grid:
+            raise ConfigError(
+                f"patch_nums end at {patch_nums[-1]}, but images of {size} px are a grid of {grid}x{grid} after a "
+                f"downsampling of {factor}",
+                f"end them at {grid}, or leave one of the two out",
+            )
+        return replace(self, patch_nums=tuple(patch_nums or PatchNums.up_to(grid).sides))
 
     @property
     def scales(self) -> PatchNums:

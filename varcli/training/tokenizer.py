@@ -47,6 +47,7 @@ def train_tokenizer(
     *,
     init_from: Path | str | None = None,
     architecture: Mapping[str, Any] | None = None,
+    size: int | None = None,
     device: str = "auto",
     resume: str = "auto",
     given: Collection[str] | None = None,
@@ -60,11 +61,12 @@ def train_tokenizer(
     `out/tokenizer` with each checkpoint. Images smaller than the tokenizer's are enlarged, which is told; how they are cut
     and read: `open_pixels`. init_from: a tokenizer, model or run folder whose architecture and weights a new run begins
     with; see `Parent.inherit` for what may differ. architecture: the settings of `config.tokenizer` that are asked for
-    where not all of them are; the others are init_from's, or TokenizerConfig's defaults. given: names of settings that a
-    resumed run must have been begun with, None means those that are not at their defaults; it keeps the others.
-    on_validation: called with the run folder after each validation, e.g. to draw what its log holds. world: processes
-    that share each batch and all call this, each with a device of its own; the first one alone writes, tells and
-    measures, and any number of them may go on with a run.
+    where not all of them are; the others are init_from's, or TokenizerConfig's defaults. size: pixels, side of the images
+    to learn; chooses patch_nums, and without init_from all that the architecture leaves open (`TokenizerConfig.for_side`).
+    given: names of settings that a resumed run must have been begun with, None means those that are not at their
+    defaults; it keeps the others. on_validation: called with the run folder after each validation, e.g. to draw what its
+    log holds. world: processes that share each batch and all call this, each with a device of its own; the first one
+    alone writes, tells and measures, and any number of them may go on with a run.
     Raises DataError for images that cannot be used or fewer than a batch, SkipLimitError if too many cannot, ConfigError
     for settings that differ from the run's, and what `run_training` raises.
     """
@@ -80,19 +82,16 @@ def train_tokenizer(
         config = keep_stored(config, run.config, fixed)
         share_batch(config.batch_size, world)  # raises before anything is read or written
         parent = find_parent(run, init_from)
-        if parent is not None:
-            config = replace(config, tokenizer=parent.inherit(asked))
-        elif architecture:
-            config = replace(config, tokenizer=configs.from_dict(TokenizerConfig, architecture))
-        elif config.tokenizer is None:
-            config = replace(config, tokenizer=TokenizerConfig.for_side(typical_side(tree.root, tree.splits[train])))
+        typical = typical_side(tree.root, tree.splits[train])
+        if parent is not None or asked or size is not None or config.tokenizer is None:
+            config = replace(config, tokenizer=_choose_architecture(asked, size, parent, typical))
         _check_start(config, parent)
         config = replace(config, precision=precision_name(resolve_precision(config.precision, where)))
         listing = hashlib.sha256("\n".join(tree.splits[train].paths).encode("utf-8", "surrogateescape")).hexdigest()
         origin = {} if parent is None else {"init_from": parent.fingerprint}
         inputs = {"images": listing, **origin}
         run.require_inputs(KIND, inputs)
-        size = config.tokenizer.image_size
+        side = config.tokenizer.image_size
 
         def tell(text: str) -> None:
             on_step(Step(run.step, config.steps, message=text))
@@ -101,7 +100,7 @@ def train_tokenizer(
         source = open_pixels(
             tree,
             train,
-            size,
+            side,
             batch_size=config.batch_size,
             seed=config.seed,
             device=where,
@@ -110,9 +109,9 @@ def train_tokenizer(
             on_step=on_step,
         )
         with source as pixels:
-            held_out = torch.zeros(0, 3, size, size, dtype=torch.uint8, device=where)
+            held_out = torch.zeros(0, 3, side, side, dtype=torch.uint8, device=where)
             if "val" in names and train != "val" and world.is_first:  # which measures alone
-                found = read_held_out(tree, "val", size, workers=config.workers, skips=skips, on_step=on_step)
+                found = read_held_out(tree, "val", side, workers=config.workers, skips=skips, on_step=on_step)
                 held_out = found.to(where)
             weights = None if parent is None or parent.folder is None else load_tokenizer(parent.folder)
             trainer = TokenizerTrainer(config, pixels, held_out, where, world, weights)
@@ -132,6 +131,19 @@ def train_tokenizer(
     return TokenizerTrainResult(
         folder=Path(out), step=result.step, seconds=result.seconds, validation=result.validation
     )
+
+
+def _choose_architecture(
+    asked: Mapping[str, Any], size: int | None, parent: Parent | None, typical: int
+) -> TokenizerConfig:
+    """The architecture of settings `asked`, for images of `size` px or else of `typical` ones."""
+    if size is not None:
+        base = TokenizerConfig.for_side(size) if parent is None else parent.config
+        fitted = configs.replace(base, asked).at_size(size, asked.get("patch_nums"))
+        return fitted if parent is None else parent.inherit({**asked, "patch_nums": fitted.patch_nums})
+    if parent is not None:
+        return parent.inherit(asked)
+    return configs.from_dict(TokenizerConfig, asked) if asked else TokenizerConfig.for_side(typical)
 
 
 def _check_start(config: TokenizerTrainConfig, parent: Parent | None) -> None:
