@@ -43,6 +43,16 @@ def test_a_class_gives_images_a_grid_an_array_and_a_manifest(model, tmp_path):
     assert np.array_equal(np.asarray(Image.open(out / "0001-00003.png")), images[3])
 
 
+def test_top_k_0_draws_from_all_codes(model, tmp_path):
+    """It was refused, although the help names it."""
+    common = ["--model", model, "--class", "boat", "--n", 4, "--device", "cpu"]
+    for out, top_k in (("zero", 0), ("all", 16)):  # the tokenizer has 16 codes
+        done = run("sample", *common, "--top-k", top_k, "--out", tmp_path / out)
+        assert done.exit_code == 0, done.output
+    for image in (tmp_path / "all").glob("0001-*.png"):
+        assert (tmp_path / "zero" / image.name).read_bytes() == image.read_bytes()
+
+
 def test_a_rerun_draws_only_what_is_missing_and_the_same_again(model, tmp_path):
     out = tmp_path / "out"
     arguments = [

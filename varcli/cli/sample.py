@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -81,12 +80,12 @@ def sample(
     generator = Generator.load(found.folder, device)
     given = {"cfg": cfg, "cfg_schedule": cfg_schedule, "top_k": top_k, "top_p": top_p, "smooth": smooth}
     given = {name: value for name, value in given.items() if value is not None}
+    given |= {"top_k": None} if top_k == 0 else {}
     suggested = {} if given else generator.suggested  # one setting of one's own, and the rest are the usual ones
     if suggested:
         values = ", ".join(f"{name} {value}" for name, value in suggested.items())
         console.note(f"settings that the model suggests for looking at: {values}; any of your own replaces them")
-    chosen = configs.replace(SampleConfig(seed=seed, precision=precision), {**suggested, **given})
-    config = replace(chosen, top_k=chosen.top_k or None)
+    config = configs.replace(SampleConfig(seed=seed, precision=precision), {**suggested, **given})
     if class_:
         numbers = [generator.classes.resolve(name) for name in class_]
         count, columns = n or 16, None
