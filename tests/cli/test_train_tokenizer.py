@@ -91,8 +91,13 @@ def test_folders_without_a_usable_image_are_one_error(tmp_path, content):
     for number in range(8 if content == "broken" else 0):
         (tmp_path / "images" / "a" / f"{number}.png").write_bytes(b"no picture")
     result = train(tmp_path / "images", tmp_path / "run")
-    assert result.exit_code != 0 and result.stderr.count("error:") == 1, result.stderr
-    assert not list((tmp_path / "run").glob("*"))
+    says = {
+        "nothing": "holds nothing",
+        "broken": "none of the 8 images to train on can be used, e.g. `a/7.png`: not an image",
+    }
+    assert result.exit_code == 1 and result.stderr.count("error:") == 1, result.stderr
+    assert says[content] in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_grey_transparent_and_palette_images_are_learned_from(tmp_path):
@@ -105,3 +110,39 @@ def test_grey_transparent_and_palette_images_are_learned_from(tmp_path):
         )
     result = train(tmp_path / "images", tmp_path / "run")
     assert result.exit_code == 0, result.stderr
+
+
+def test_more_unusable_images_than_tolerated_are_an_error_that_a_larger_limit_mends(tiny_images, tmp_path):
+    for number in range(3):
+        (tiny_images / "train" / "boat" / f"{number}.png").write_bytes(b"")
+    refused = train(tiny_images, tmp_path / "run", "max_skip=2")
+    assert refused.exit_code == 6
+    assert "3 images cannot be used, but at most 2 may be skipped" in refused.stderr
+    assert "e.g. `train/boat/2.png`: empty file" in refused.stderr
+    assert not (tmp_path / "run").exists()
+    result = train(tiny_images, tmp_path / "run", "max_skip=3")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("warning: 3 images cannot be used and others stand in for them") == 1
+
+
+def test_images_smaller_than_the_tokenizers_are_enlarged_and_both_commands_say_so(tiny_images, tmp_path):
+    for path in tiny_images.rglob("*.png"):
+        with Image.open(path) as image:
+            image.resize((8, 12)).save(path)
+    result = train(tiny_images, tmp_path / "run")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("warning: the images are about 8 px and are enlarged to 32 px") == 1
+    arguments = ["tokenize", str(tiny_images), "--tokenizer", str(tmp_path / "run"), "--out", str(tmp_path / "codes")]
+    result = runner.invoke(app, [*arguments, "--device", "cpu"])
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("warning: the images are about 8 px and are enlarged to 32 px") == 1
+
+
+def test_a_loss_that_is_no_number_is_one_error_with_its_own_exit_code(tiny_images, tmp_path, monkeypatch):
+    from varcli.training import tokenizer_objective
+
+    right = tokenizer_objective.pixel_loss
+    monkeypatch.setattr(tokenizer_objective, "pixel_loss", lambda *images: right(*images) * float("nan"))
+    result = train(tiny_images, tmp_path / "run")
+    assert result.exit_code == 7
+    assert result.stderr.count("error: ") == 1 and "--lr" in result.stderr

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from varcli.artifacts.verify import (
     read_checked_tensors,
@@ -77,6 +79,26 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny_images, tmp_path):
     with pytest.raises(Stop):
         train_tokenizer(tiny_images, tmp_path / "cut", config(), device="cpu", on_step=stop)
     train_tokenizer(tiny_images, tmp_path / "cut", config(), device="cpu")
+    whole, cut = (load_tokenizer(tmp_path / name / "tokenizer") for name in ("whole", "cut"))
+    assert whole.fingerprint() == cut.fingerprint()
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_a_stopped_run_on_larger_images_goes_on_bit_for_bit_with_other_workers(tiny_images, tmp_path):
+    for path in tiny_images.rglob("*.png"):
+        with Image.open(path) as image:
+            image.resize((48, 40)).save(path)
+    train_tokenizer(tiny_images, tmp_path / "whole", config(workers=0), device="cpu")
+    threads = threading.active_count()
+
+    def stop(step: Step) -> None:
+        if step.unit == "steps" and step.done >= 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_tokenizer(tiny_images, tmp_path / "cut", config(workers=2), device="cpu", on_step=stop)
+    assert threading.active_count() == threads
+    train_tokenizer(tiny_images, tmp_path / "cut", config(workers=1), device="cpu")
     whole, cut = (load_tokenizer(tmp_path / name / "tokenizer") for name in ("whole", "cut"))
     assert whole.fingerprint() == cut.fingerprint()
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")

@@ -86,6 +86,7 @@ class PixelStream:
             self._reader = _Reader(self._batches(position, count, self._stride, pin))
         try:
             images = self._reader.take()
+            require_batch(len(self) - len(self._unusable), len(self), self._batch_size, self.skips)
         except BaseException:
             self.close()
             raise
@@ -169,12 +170,12 @@ class PixelStream:
         return images
 
     def _note(self, batch: DecodedBatch) -> None:
-        """Remember a batch's unusable images. Raises DataError if what is left does not do."""
+        """Remember a batch's unusable images. Raises DataError if none is left."""
         lost = dict(zip(batch.skipped_indices.tolist(), batch.skipped, strict=True))
         fresh = {index: skip for index, skip in lost.items() if index not in self._unusable}
         self._unusable |= fresh.keys()
         self.skips.add(fresh.values())
-        require_batch(len(self) - len(self._unusable), len(self), self._batch_size, self.skips)
+        require_batch(len(self) - len(self._unusable), len(self), 1, self.skips)
 
 
 class _Reader:
@@ -232,8 +233,11 @@ def require_batch(usable: int, total: int, batch_size: int, skips: Skips | None 
         reason = f", e.g. `{escape_path(skips.found[-1][0])}`: {skips.found[-1][1]}"
     if not usable:
         raise DataError(f"none of the {total:,} images to train on can be used{reason}", "pass a folder with images")
-    others = f" (of {total:,}; the others cannot be used{reason})" if usable < total else ""
-    raise DataError(
-        f"there are {usable:,} images to train on{others}, fewer than one batch of {batch_size:,}",
-        "use a smaller --batch-size or more images",
-    )
+    hint = "use a smaller --batch-size or more images"
+    if usable < total:
+        raise DataError(
+            f"at most {usable:,} of the {total:,} images to train on can be used, fewer than one batch of {batch_size:,}"
+            f"{reason}",
+            hint,
+        )
+    raise DataError(f"there are {total:,} images to train on, fewer than one batch of {batch_size:,}", hint)
