@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_tokenizer import SMALL
 
 import varcli
 from varcli import config as configs
 from varcli.artifacts.verify import read_json_lines, read_manifest
 from varcli.distributed import World
 from varcli.errors import ConfigError
-from varcli.tokenizer import TokenizerConfig
 from varcli.tokenizer.store import load_tokenizer
 from varcli.training.checkpoint import list_checkpoints
 from varcli.training.parallel import average_gradients, average_numbers, share_batch
@@ -29,15 +29,7 @@ from varcli.training.tokenizer_objective import TokenizerTrainConfig
 
 ROOT = Path(varcli.__file__).parents[1]
 CONFIG = TokenizerTrainConfig(
-    tokenizer=TokenizerConfig(
-        patch_nums=(1, 2, 4),
-        vocab_size=16,
-        code_channels=8,
-        width=8,
-        channel_multipliers=(1, 1, 1, 1),
-        num_res_blocks=1,
-        norm_groups=2,
-    ),
+    tokenizer=SMALL,
     steps=8,
     batch_size=4,
     warmup_steps=2,

@@ -9,27 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_tokenizer import SMALL
 from typer.testing import CliRunner
 
 from varcli import config as configs
 from varcli.artifacts.verify import read_json, read_manifest
 from varcli.cli.app import app
 from varcli.errors import ArtifactError, ConfigError
-from varcli.tokenizer import VQVAE, TokenizerConfig
+from varcli.tokenizer import VQVAE
 from varcli.tokenizer.store import load_tokenizer, save_tokenizer
 from varcli.training.parent import Parent, load_parent
 from varcli.training.tokenizer import train_tokenizer
 from varcli.training.tokenizer_objective import PARTS, TokenizerTrainConfig
-
-SMALL = TokenizerConfig(
-    patch_nums=(1, 2, 4),
-    vocab_size=16,
-    code_channels=8,
-    width=8,
-    channel_multipliers=(1, 1, 1, 1),
-    num_res_blocks=1,
-    norm_groups=2,
-)
 
 
 def config(**changes) -> TokenizerTrainConfig:

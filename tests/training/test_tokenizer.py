@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from small_tokenizer import SMALL
 
 from varcli.artifacts.verify import (
     read_checked_tensors,
@@ -36,15 +37,7 @@ CPU = torch.device("cpu")
 
 
 def config(**changes) -> TokenizerTrainConfig:
-    tokenizer = TokenizerConfig(
-        patch_nums=(1, 2, 4),
-        vocab_size=16,
-        code_channels=8,
-        width=16,
-        channel_multipliers=(1, 1, 1, 1),
-        num_res_blocks=1,
-        norm_groups=4,
-    )
+    tokenizer = replace(SMALL, width=16, norm_groups=4)
     values = {
         "tokenizer": tokenizer,
         "steps": 8,

@@ -10,7 +10,7 @@ import torch
 
 from varcli.data.codes_writer import CodesPlan, CodesWriter, begun_with
 from varcli.data.defaults import default_decode
-from varcli.data.images import ImageTree, decode_images, describe_enlarging, open_images, typical_side
+from varcli.data.images import decode_images, describe_enlarging, open_images, typical_side
 from varcli.data.paths import escape_path
 from varcli.devices import exact_convolutions, resolve_device
 from varcli.errors import ConfigError
@@ -62,13 +62,14 @@ def tokenize(
         raise ConfigError("batch_size and views must be at least 1")
     where = resolve_device(device)
     tree = open_images(images, follow_links)
-    folder, reason = _choose_tokenizer(tokenizer, Path(out), tree)
+    side = typical_side(tree.root, next(iter(tree.splits.values())))
+    folder, reason = _choose_tokenizer(tokenizer, Path(out), side)
     on_step(Step(0, None, unit="views", message=f"tokenizer: {folder}{reason}"))
     for name in tree.empty_classes():
         on_step(Step(0, None, unit="views", message=f"warning: class `{escape_path(name)}` has no image to train on"))
     model = load_tokenizer(folder, where)
     config = model.config
-    enlarged = describe_enlarging(typical_side(tree.root, next(iter(tree.splits.values()))), config.image_size)
+    enlarged = describe_enlarging(side, config.image_size)
     if enlarged:
         on_step(Step(0, None, unit="views", message=f"warning: {enlarged}"))
     decode = default_decode(tree, config.image_size, views, seed, colour)
@@ -109,13 +110,12 @@ def tokenize(
     )
 
 
-def _choose_tokenizer(given: Path | str | None, out: Path, tree: ImageTree) -> tuple[Path, str]:
-    """The tokenizer's folder, and why it was chosen if it was not named."""
+def _choose_tokenizer(given: Path | str | None, out: Path, side: int) -> tuple[Path, str]:
+    """The folder of the tokenizer for images of about `side` px, and why it was chosen if it was not named."""
     if given is not None:
         return tokenizer_folder(given), ""
     begun = begun_with(out)
     if begun is not None:
         return find_tokenizer(begun), f", with which `{out}` was begun"
-    side = typical_side(tree.root, next(iter(tree.splits.values())))
     folder = default_tokenizer(side)
     return folder, f", chosen for images of about {side} px"

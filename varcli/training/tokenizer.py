@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from varcli import config as configs
-from varcli.data.images import ImageTree, describe_enlarging, open_images, typical_side
+from varcli.data.images import describe_enlarging, open_images, typical_side
 from varcli.data.skips import Skips
 from varcli.devices import precision_name, resolve_device, resolve_precision
 from varcli.distributed import ALONE, World
@@ -116,7 +116,8 @@ def train_tokenizer(
             weights = None if parent is None or parent.folder is None else load_tokenizer(parent.folder)
             trainer = TokenizerTrainer(config, pixels, held_out, where, world, weights)
             del weights
-            for line in _describe_plan(trainer, tree, train, parent):
+            num_val = len(tree.splits.get("val", ()))
+            for line in _describe_plan(trainer, parent, typical, num_val):
                 tell(line)
             run.settle(KIND, configs.to_dict(config), inputs, _FREE)
             loop = LoopConfig(
@@ -160,12 +161,11 @@ def _check_start(config: TokenizerTrainConfig, parent: Parent | None) -> None:
         )
 
 
-def _describe_plan(trainer: TokenizerTrainer, tree: ImageTree, train: str, parent: Parent | None) -> Iterator[str]:
-    """Say what is about to be trained on what."""
+def _describe_plan(trainer: TokenizerTrainer, parent: Parent | None, typical: int, num_val: int) -> Iterator[str]:
+    """Say what is about to be trained on what: images of about `typical` px, `num_val` of them for validation."""
     config, tokenizer = trainer.config, trainer.model.config
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    num_val = len(tree.splits["val"]) if len(trainer.held_out) else 0
-    part = f" of {num_val:,}" if len(trainer.held_out) < num_val else ""
+    part = f" of {num_val:,}" if 0 < len(trainer.held_out) < num_val else ""
     yield (
         f"a tokenizer for {tokenizer.image_size} px: {parameters:,} parameters, {tokenizer.scales.seq_len:,} tokens an image "
         f"of {tokenizer.vocab_size:,} codes; {config.steps:,} steps of {config.batch_size:,} of "
@@ -174,6 +174,6 @@ def _describe_plan(trainer: TokenizerTrainer, tree: ImageTree, train: str, paren
         f"{'' if parent is None else f'; begun with the tokenizer {parent.fingerprint}'}"
         f"{'' if not config.frozen else ', of which stay as they are: ' + ', '.join(config.frozen)}"
     )
-    enlarged = describe_enlarging(typical_side(tree.root, tree.splits[train]), tokenizer.image_size)
+    enlarged = describe_enlarging(typical, tokenizer.image_size)
     if enlarged:
-        yield f"warning: {enlarged}: fewer patch_nums or channel_multipliers learn them as they are"
+        yield f"warning: {enlarged}: a smaller --size learns them as they are"
