@@ -1,11 +1,12 @@
-"""Checkpointing computes the same gradients with less memory."""
+"""The encoder and decoder compute the same, however they save memory or time."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from varcli.tokenizer import VQVAE
+from varcli.tokenizer import VQVAE, TokenizerConfig
+from varcli.tokenizer.autoencoder import GroupNorm, ImageConv2d
 
 
 def gradients(tokenizer: VQVAE, checkpointing: bool) -> tuple[list[torch.Tensor], int]:
@@ -38,3 +39,53 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less(tiny_tokenizer, d
     for expected, found in zip(plain, checkpointed, strict=True):
         assert torch.equal(expected, found)
     assert fewer_bytes < 0.6 * all_bytes
+
+
+def test_a_group_norm_from_channel_sums_is_the_same_function_with_the_same_gradients():
+    norm = GroupNorm(64, TokenizerConfig())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    maps = (torch.randn(3, 64, 8, 8) * 2 + 5).requires_grad_()
+    cotangent = torch.randn(3, 64, 8, 8)
+    plain, by_channel = norm(maps), norm.channelwise_forward(maps)
+    torch.testing.assert_close(by_channel, plain, rtol=1e-4, atol=1e-4)
+    wanted = (maps, norm.weight, norm.bias)
+    for expected, found in zip(
+        torch.autograd.grad(plain, wanted, cotangent), torch.autograd.grad(by_channel, wanted, cotangent), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_constant_map_is_normalised_to_the_bias_by_either_way():
+    norm = GroupNorm(64, TokenizerConfig())
+    constant = torch.full((1, 64, 4, 4), 300.0)
+    assert norm.channelwise_forward(constant).abs().max() < 1e-2 and norm(constant).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize(("channels_in", "channels_out"), [(3, 20), (20, 3), (16, 16)])
+def test_channels_added_to_a_convolution_change_nothing(channels_in, channels_out):
+    convolution = ImageConv2d(channels_in, channels_out)
+    images = torch.randn(2, channels_in, 9, 7, requires_grad=True)
+    plain, padded = convolution(images), convolution.padded_forward(images)
+    torch.testing.assert_close(padded, plain)
+    wanted = (images, convolution.weight, convolution.bias)
+    for expected, found in zip(
+        torch.autograd.grad(plain.square().sum(), wanted),
+        torch.autograd.grad(padded.square().sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU takes the fast ways")
+def test_compiled_half_precision_reconstructs_as_eager_float32_does(tiny_tokenizer):
+    tokenizer = tiny_tokenizer.cuda().to(memory_format=torch.channels_last).eval()
+    side = tokenizer.config.image_size
+    images = torch.rand(2, 3, side, side, device="cuda") * 2 - 1
+    with torch.no_grad():
+        expected = tokenizer.encoder(images)
+        with torch.autocast("cuda", torch.bfloat16):
+            found = torch.compile(tokenizer.encoder)(images)
+    assert (found.float() - expected).norm() < 0.05 * expected.norm()

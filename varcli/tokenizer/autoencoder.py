@@ -12,15 +12,64 @@ from torch.utils.checkpoint import checkpoint
 
 from varcli.tokenizer.base import TokenizerConfig
 
+_CHANNEL_MULTIPLE = 8  # of half-precision convolutions on tensor cores
+
 
 def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     """A 3x3 convolution that keeps the side."""
     return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
-def group_norm(channels: int, config: TokenizerConfig) -> nn.GroupNorm:
+class ImageConv2d(nn.Conv2d):
+    """A 3x3 convolution from an image's three channels or to them, that keeps the side.
+
+    In half precision on a GPU it computes with channels of zeros added up to a multiple of 8: tensor cores take no others,
+    and the kernels for the rest are several times slower.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, h, w) -> (B, out, h, w)."""
+        return self.padded_forward(x) if x.is_cuda and _is_half(x) else super().forward(x)
+
+    def padded_forward(self, x: Tensor) -> Tensor:
+        """Compute the same with more channels."""
+        more_in, more_out = -self.in_channels % _CHANNEL_MULTIPLE, -self.out_channels % _CHANNEL_MULTIPLE
+        weight = F.pad(self.weight, (0, 0, 0, 0, 0, more_in, 0, more_out))
+        y = F.conv2d(F.pad(x, (0, 0, 0, 0, 0, more_in)), weight, F.pad(self.bias, (0, more_out)), padding=1)
+        return y[:, : self.out_channels]
+
+
+class GroupNorm(nn.GroupNorm):
     """The normalisation used throughout, eps 1e-6."""
-    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+
+    def __init__(self, channels: int, config: TokenizerConfig) -> None:
+        super().__init__(config.norm_groups, channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, C, h, w) maps."""
+        is_compiled = x.is_cuda and torch.compiler.is_compiling()
+        return self.channelwise_forward(x) if is_compiled and _is_half(x) else super().forward(x)
+
+    def channelwise_forward(self, x: Tensor) -> Tensor:
+        """Compute the same from float32 sums over each channel.
+
+        torch.compile makes of it one pass for the sums and one for the rest, forward and backward, that leave channels
+        last; torch's own operator turns the data around before and after.
+        """
+        x_float = x.float()
+        moments = torch.stack([x_float.mean(dim=(2, 3)), x_float.square().mean(dim=(2, 3))])
+        mean, square = moments.unflatten(2, (self.num_groups, -1)).mean(dim=3, keepdim=True)  # (B, groups, 1) each
+        factor = torch.rsqrt((square - mean.square()).clamp(min=0) + self.eps)
+        scale_BC = (factor * self.weight.view(self.num_groups, -1)).flatten(1)
+        shift_BC = self.bias - (mean * factor * self.weight.view(self.num_groups, -1)).flatten(1)
+        return (x_float * scale_BC[:, :, None, None] + shift_BC[:, :, None, None]).to(x.dtype)
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
 
 
 class ResBlock(nn.Module):
@@ -28,9 +77,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, config: TokenizerConfig) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels, config)
+        self.norm1 = GroupNorm(in_channels, config)
         self.conv1 = conv3x3(in_channels, out_channels)
-        self.norm2 = group_norm(out_channels, config)
+        self.norm2 = GroupNorm(out_channels, config)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = conv3x3(out_channels, out_channels)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -47,7 +96,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int, config: TokenizerConfig) -> None:
         super().__init__()
-        self.norm = group_norm(channels, config)
+        self.norm = GroupNorm(channels, config)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
@@ -138,14 +187,14 @@ class Encoder(nn.Module):
         self.checkpointing = False
         widths = [config.width * multiplier for multiplier in config.channel_multipliers]
         last = len(widths) - 1
-        self.conv_in = conv3x3(3, config.width)
+        self.conv_in = ImageConv2d(3, config.width)
         self.levels = nn.ModuleList()
         for level, width in enumerate(widths):
             in_channels = widths[level - 1] if level else config.width
             resample = Downsample(width) if level < last else None
             self.levels.append(Level(in_channels, width, config, config.num_res_blocks, level == last, resample))
         self.middle = Middle(widths[-1], config)
-        self.norm_out = group_norm(widths[-1], config)
+        self.norm_out = GroupNorm(widths[-1], config)
         self.conv_out = conv3x3(widths[-1], config.code_channels)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
@@ -174,8 +223,8 @@ class Decoder(nn.Module):
             in_channels = widths[min(level + 1, last)]
             resample = Upsample(width) if level else None
             self.levels.append(Level(in_channels, width, config, config.num_res_blocks + 1, level == last, resample))
-        self.norm_out = group_norm(widths[0], config)
-        self.conv_out = conv3x3(widths[0], 3)
+        self.norm_out = GroupNorm(widths[0], config)
+        self.conv_out = ImageConv2d(widths[0], 3)
 
     def forward(self, f_BZhw: Tensor) -> Tensor:
         """Decode to images, not clamped."""
