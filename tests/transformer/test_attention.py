@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from varcli.transformer import TransformerConfig
-from varcli.transformer.attention import LayerCache, SelfAttention, unit_length
+from varcli.transformer.attention import LayerCache, SelfAttention, attend_by_step, unit_length
 
 
 def make_attention(**changes) -> SelfAttention:
@@ -60,14 +61,29 @@ def test_temperatures_start_at_four():
     torch.testing.assert_close(make_attention().log_scale.exp(), torch.full((1, 3, 1, 1), 4.0))
 
 
-def test_a_cache_gives_what_one_masked_pass_gives():
+def test_attention_by_step_is_attention_under_a_block_causal_mask_with_the_same_gradients():
+    lengths = (1, 4, 2)
+    steps = torch.tensor([step for step, length in enumerate(lengths) for _ in range(length)])
+    mask = torch.zeros(7, 7).masked_fill(steps.unsqueeze(1) < steps.unsqueeze(0), -math.inf)
+    q, k, v = (torch.randn(2, 3, 7, 4, requires_grad=True) for _ in range(3))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3).transpose(1, 2).flatten(2)
+    found = attend_by_step(q, k, v, lengths, 0.3)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    cotangent = torch.randn_like(expected)
+    for have, want in zip(
+        torch.autograd.grad(found, (q, k, v), cotangent),
+        torch.autograd.grad(expected, (q, k, v), cotangent),
+        strict=True,
+    ):
+        torch.testing.assert_close(have, want, atol=1e-6, rtol=1e-5)
+
+
+def test_a_cache_gives_what_one_pass_over_all_steps_gives():
     attention = make_attention()
     x = torch.randn(2, 5, 12)
-    mask = torch.zeros(5, 5)
-    mask[0, 1:] = -math.inf
     cache = LayerCache(torch.empty(2, 3, 5, 4), torch.empty(2, 3, 5, 4))
     pieces = torch.cat([attention(x[:, :1], cache=cache, start=0), attention(x[:, 1:], cache=cache, start=1)], dim=1)
-    torch.testing.assert_close(pieces, attention(x, mask), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(pieces, attention(x, (1, 4)), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -41,6 +41,24 @@ def unit_length(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
     return x * (length / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12))
 
 
+def attend_by_step(
+    q_Bnld: Tensor, k_BnLd: Tensor, v_BnLd: Tensor, step_lengths: tuple[int, ...], scale: float
+) -> Tensor:
+    """Let the queries of each step see the keys of their own step and of all earlier ones; returns (B, l, n * d).
+
+    The queries are the last l tokens of L. One attention without a mask for each step, over a prefix of the keys: the fast
+    kernels take no mask, and what a mask hides is not computed.
+    """
+    before = k_BnLd.shape[2] - q_Bnld.shape[2]
+    pieces, start = [], 0
+    for length in step_lengths:
+        end = start + length
+        q, k, v = q_Bnld[:, :, start:end], k_BnLd[:, :, : before + end], v_BnLd[:, :, : before + end]
+        pieces.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2))
+        start = end
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)).flatten(2)
+
+
 class SelfAttention(nn.Module):
     """Attention of (B, l, C) to itself and to what a cache holds. Keys have no bias."""
 
@@ -59,14 +77,19 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_BlC: Tensor, mask_ll: Tensor | None = None, cache: LayerCache | None = None, start: int = 0
+        self,
+        x_BlC: Tensor,
+        step_lengths: tuple[int, ...] | None = None,
+        cache: LayerCache | None = None,
+        start: int = 0,
     ) -> Tensor:
         """Attend.
 
-        mask_ll: added to the attention logits, 0 or -inf; None lets every token see every other one.
+        step_lengths: tokens of each step, where several are there at once, of which each sees itself and all earlier
+        ones; None lets every token see every other one.
         cache: earlier steps to see too; these tokens are appended to it from position `start` on.
         """
-        batch, length, width = x_BlC.shape
+        batch, length, _ = x_BlC.shape
         weight = self.qkv.weight
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)).to(weight.dtype)
         qkv = F.linear(x_BlC.to(weight.dtype), weight, bias)
@@ -77,5 +100,5 @@ class SelfAttention(nn.Module):
             k = unit_length(k).to(v.dtype)
         if cache is not None:
             k, v = cache.extend(k, v, start)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_ll, scale=self.softmax_scale)
-        return self.dropout(linear(self.proj, y.transpose(1, 2).reshape(batch, length, width)))
+        y_BlC = attend_by_step(q, k, v, step_lengths or (length,), self.softmax_scale)
+        return self.dropout(linear(self.proj, y_BlC))

@@ -59,13 +59,13 @@ class Block(nn.Module):
         self,
         x_BlC: Tensor,
         modulation_B16C: Tensor,
-        mask_ll: Tensor | None = None,
+        step_lengths: tuple[int, ...] | None = None,
         cache: LayerCache | None = None,
         start: int = 0,
     ) -> Tensor:
-        """Return the residual stream after this block; mask, cache and start are those of `SelfAttention`."""
+        """Return the residual stream after this block; step_lengths, cache and start are those of `SelfAttention`."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
-        y = self.attention(modulated_norm(x_BlC, scale1, shift1, self.norm_eps), mask_ll, cache, start)
+        y = self.attention(modulated_norm(x_BlC, scale1, shift1, self.norm_eps), step_lengths, cache, start)
         x_BlC = torch.addcmul(x_BlC, y, self._drop(gamma1).to(x_BlC.dtype))
         y = self.feed_forward(modulated_norm(x_BlC, scale2, shift2, self.norm_eps))
         return torch.addcmul(x_BlC, y, self._drop(gamma2).to(x_BlC.dtype))

@@ -1,7 +1,7 @@
 """The transformer of VAR: class and earlier steps in, logits of every code out.
 
-With teacher forcing all steps run at once under a block-causal mask; while sampling they run one by one with a
-key/value cache. Both give the same logits. Source: VAR, arXiv:2404.02905, and its released weights.
+With teacher forcing all steps run at once, each seeing itself and the earlier ones; while sampling they run one by one
+with a key/value cache. Both give the same logits. Source: VAR, arXiv:2404.02905, and its released weights.
 """
 
 from __future__ import annotations
@@ -83,10 +83,9 @@ class Transformer(nn.Module):
         first = condition_BC.unsqueeze(1) + self.start_position.float()
         x = torch.cat((first, self._project(x_BLZ)), dim=1) + self._embed_positions(0, config.seq_len)
         x = x.to(self._compute_dtype())
-        mask_LL = self._step_mask(x.dtype)
         modulations, (scale, shift) = self._modulate(condition_BC)
         for block, modulation in zip(self.blocks, modulations, strict=True):
-            x = block(x, modulation, mask_LL)
+            x = block(x, modulation, config.step_lengths)
         return modulated_norm(x, scale, shift, config.norm_eps)
 
     def head(self, h_BlC: Tensor) -> Tensor:
@@ -150,12 +149,6 @@ class Transformer(nn.Module):
             shared = linear(self.shared_modulation, activated).view(activated.shape[0], 1, 6, -1)
         scale, shift = linear(self.head_modulation, activated).unsqueeze(1).chunk(2, dim=-1)
         return [block.modulate(activated, shared) for block in self.blocks], (scale, shift)
-
-    def _step_mask(self, dtype: torch.dtype) -> Tensor:
-        """0 where a token may look, -inf where the other one's step is later: (L, L)."""
-        steps = self.step_of_token_L
-        later_LL = steps.unsqueeze(1) < steps.unsqueeze(0)
-        return torch.zeros(later_LL.shape, dtype=dtype, device=steps.device).masked_fill(later_LL, -math.inf)
 
     def _compute_dtype(self) -> torch.dtype:
         weight = self.output_projection.weight
