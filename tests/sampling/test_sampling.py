@@ -92,6 +92,21 @@ def test_every_setting_draws_pictures_that_repeat(generator, settings):
     assert torch.equal(images, generator.sample([0, 3], config=config))
 
 
+@pytest.mark.parametrize("settings", [{}, {"smooth": True}])
+def test_a_stream_shows_every_step_and_ends_with_the_sample(generator, settings):
+    pictures = list(generator.stream([0, 3, 0], **settings))
+    assert len(pictures) == len(generator.order.step_lengths)
+    assert all(images.shape == (3, 3, 32, 32) and images.dtype == torch.uint8 for images in pictures)
+    assert torch.equal(pictures[-1], generator.sample([0, 3, 0], **settings))
+    assert not torch.equal(pictures[0], pictures[-1])
+
+
+def test_a_stream_left_early_changes_nothing_around_it(generator):
+    stream = generator.stream([0], precision="bf16")
+    next(stream)
+    assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize(
     "settings", [{"cfg": -1}, {"cfg": math.nan}, {"top_p": 1.5}, {"top_p": 0}, {"top_k": 0}, {"cfg_schedule": "x"}]
 )

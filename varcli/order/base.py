@@ -40,4 +40,4 @@ class Order(Protocol):
         """
 
     def finish(self, state: Any) -> Tensor:
-        """The feature map f_hat (B, Z, h, w), float32, for the tokenizer's decoder, once every step is in."""
+        """The feature map f_hat (B, Z, h, w), float32, of the steps taken in so far, for the tokenizer's decoder."""

@@ -37,5 +37,5 @@ class ScaleOrder:
         return self.quantizer.advance(state, vectors_BlZ, step)
 
     def finish(self, state: Tensor) -> Tensor:
-        """The finished f_hat (B, Z, h, w)."""
+        """f_hat (B, Z, h, w) of the scales so far."""
         return state

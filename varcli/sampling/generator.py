@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,26 +129,34 @@ class Generator:
         Raises DataError for an unknown class, ConfigError for an empty list.
         """
         config = configs.replace(config or SampleConfig(), settings)
-        if isinstance(classes, str):
-            raise ConfigError(
-                f"classes must be a list of names or numbers, but is `{classes}`", f"e.g. ['{classes}'] * 4"
-            )
-        numbers = [self._resolve(entry) for entry in classes]
-        if not numbers:
-            raise ConfigError("there is nothing to sample", "ask for at least one image")
-        if indices is None:
-            counters: dict[int, itertools.count] = defaultdict(itertools.count)
-            indices = [next(counters[number]) for number in numbers]
-        if len(indices) != len(numbers):
-            raise ConfigError(f"there are {len(numbers)} classes, but {len(indices)} indices", "pass one for each")
+        numbers, indices = self._number(classes, indices)
         size = batch_size or self.default_batch_size
         parts = []
         for start in range(0, len(numbers), size):
-            batch, places = numbers[start : start + size], list(indices[start : start + size])
+            batch, places = numbers[start : start + size], indices[start : start + size]
             noise = KeyedNoise(config.seed, batch, places, self.device)
             f_hat = self.generate(torch.tensor(batch, device=self.device), noise, config)
             parts.append(self.decode(f_hat, config).cpu())
         return torch.cat(parts)
+
+    def stream(
+        self,
+        classes: Sequence[int | str],
+        indices: Sequence[int] | None = None,
+        config: SampleConfig | None = None,
+        **settings: Any,
+    ) -> Iterator[Tensor]:
+        """Draw as `sample` does, all in one batch, and yield the images after each step: uint8 (n, 3, H, W) on the CPU.
+
+        For pages and notebooks that show a picture while it comes: first its rough colours, the last one finished and equal
+        to `sample`'s. Raises as `sample` does, when the first picture is asked for.
+        """
+        config = configs.replace(config or SampleConfig(), settings)
+        numbers, indices = self._number(classes, indices)
+        noise = KeyedNoise(config.seed, numbers, indices, self.device)
+        labels_B = torch.tensor(numbers, device=self.device)
+        for f_hat in self._generate_steps(labels_B, noise, config):
+            yield self.decode(f_hat, config).cpu()
 
     @property
     def default_batch_size(self) -> int:
@@ -156,21 +164,38 @@ class Generator:
         config = self.transformer.config
         return max(1, min(512, _MAX_NOISE // (max(config.step_lengths) * config.vocab_size)))
 
-    @torch.no_grad()
     def generate(self, labels_B: Tensor, noise: Noise, config: SampleConfig) -> Tensor:
         """Draw the codes of a batch of class numbers, step by step; return f_hat (B, Z, h, w), float32."""
         drawn: list[Tensor] = []
+        f_hat = self.walk(labels_B, self._drawing(noise, config, drawn), config)
+        return self._settle(f_hat, drawn)
+
+    @torch.no_grad()
+    def _generate_steps(self, labels_B: Tensor, noise: Noise, config: SampleConfig) -> Iterator[Tensor]:
+        """Draw as `generate` does; yield what f_hat is after each step."""
+        drawn: list[Tensor] = []
+        for state in self._steps(labels_B, self._drawing(noise, config, drawn), config):
+            yield self._settle(self.order.finish(state), drawn)
+
+    def _drawing(self, noise: Noise, config: SampleConfig, drawn: list[Tensor]) -> Choose:
+        """Return how vectors are chosen: from truncated logits, by `noise`; they are added to `drawn`."""
 
         def choose(step: int, logits_BlV: Tensor) -> Tensor:
             logits_BlV = truncate(logits_BlV, config.top_k, config.top_p)
             drawn.append(self._draw_vectors(logits_BlV, noise, step, config))
             return drawn[-1]
 
-        f_hat = self.walk(labels_B, choose, config)
+        return choose
+
+    @torch.no_grad()
+    def _settle(self, f_hat: Tensor, drawn: Sequence[Tensor]) -> Tensor:
+        """Return f_hat, on a CPU put together from the vectors `drawn`, each image alone: so equal codes give equal bytes.
+
+        Convolutions there round differently in another batch.
+        """
         if self.device.type != "cpu":
             return f_hat
-        # convolutions round differently in another batch: put each image together alone, so that equal codes give equal bytes
-        return torch.cat([self._assemble([vectors[i : i + 1] for vectors in drawn]) for i in range(len(labels_B))])
+        return torch.cat([self._assemble([vectors[i : i + 1] for vectors in drawn]) for i in range(len(f_hat))])
 
     @torch.no_grad()
     def walk(self, labels_B: Tensor, choose: Choose, config: SampleConfig) -> Tensor:
@@ -179,6 +204,14 @@ class Generator:
         choose: from (step, guided logits (B, l, V), float32) to the vectors (B, l, Z) that the step adds. Whoever wants
         to record logits, or to force some codes, does it there.
         """
+        # around all steps, so that autocast turns each weight once
+        with autocast(self.device, resolve_precision(config.precision, self.device)):
+            *_, state = self._steps(labels_B, choose, config)
+        return self.order.finish(state)
+
+    @torch.no_grad()
+    def _steps(self, labels_B: Tensor, choose: Choose, config: SampleConfig) -> Iterator[Any]:
+        """Yield the order's state after each step; `choose` as in `walk`."""
         dtype = resolve_precision(config.precision, self.device)
         batch, last = len(labels_B), max(len(self.order.step_lengths) - 1, 1)
         rows = labels_B
@@ -187,7 +220,8 @@ class Generator:
         state, x_BlZ = self.order.start(batch, self.device), None
         with autocast(self.device, dtype):
             cache = self.transformer.start_cache(rows)
-            for step in range(len(self.order.step_lengths)):
+        for step in range(len(self.order.step_lengths)):
+            with autocast(self.device, dtype):
                 features = x_BlZ.repeat(len(rows) // batch, 1, 1) if x_BlZ is not None else None
                 logits = self.transformer.step(features, cache).float()
                 if not torch.isfinite(logits).all():
@@ -201,7 +235,7 @@ class Generator:
                     share = CFG_SCHEDULES[config.cfg_schedule](step / last)
                     logits = guide(*logits.split(batch), config.cfg * share)
                 state, x_BlZ = self.order.advance(state, step, choose(step, logits))
-        return self.order.finish(state)
+            yield state
 
     @torch.no_grad()
     def decode(self, f_hat_BZhw: Tensor, config: SampleConfig | None = None) -> Tensor:
@@ -228,6 +262,22 @@ class Generator:
         gumbel = noise(step, _STREAM_SMOOTH, length, vocab_size)
         with torch.autocast(self.device.type, enabled=False):
             return smooth_vectors(logits_BlV, gumbel, self.tokenizer.quantizer.codebook.weight.float(), progress)
+
+    def _number(self, classes: Sequence[int | str], indices: Sequence[int] | None) -> tuple[list[int], list[int]]:
+        """Return the class number of each image asked for, and which image of its class it is."""
+        if isinstance(classes, str):
+            raise ConfigError(
+                f"classes must be a list of names or numbers, but is `{classes}`", f"e.g. ['{classes}'] * 4"
+            )
+        numbers = [self._resolve(entry) for entry in classes]
+        if not numbers:
+            raise ConfigError("there is nothing to sample", "ask for at least one image")
+        if indices is None:
+            counters: dict[int, itertools.count] = defaultdict(itertools.count)
+            indices = [next(counters[number]) for number in numbers]
+        if len(indices) != len(numbers):
+            raise ConfigError(f"there are {len(numbers)} classes, but {len(indices)} indices", "pass one for each")
+        return numbers, list(indices)
 
     def _resolve(self, entry: int | str) -> int:
         if not isinstance(entry, str):
