@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from varcli.artifacts.verify import read_manifest, verify_folder
+from varcli.cli import app as app_module
 from varcli.cli.app import app
 from varcli.tokenizer.store import save_tokenizer
 from varcli.transformer.store import save_transformer
@@ -157,3 +162,31 @@ def test_settings_that_the_model_suggests_are_used_and_told_unless_some_are_give
     save_transformer(model / "transformer", transformer, {**info, "sampling": {"cfg": "high"}})
     done = run(*arguments, "--out", tmp_path / "c")
     assert done.exit_code == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_two_processes_of_torchrun_draw_what_one_draws_and_fill_its_gaps(model, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(app_module.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    arguments = ["-m", "varcli", "sample", "--model", model, "--classes", "all", "--per-class", 3, "--device", "cpu"]
+    arguments += ["--npz", "--json", "--out"]
+    assert run(*arguments[2:], tmp_path / "one").exit_code == 0
+    assert (
+        run(
+            "sample", "--model", model, "--class", "boat", "--n", 2, "--device", "cpu", "--out", tmp_path / "two"
+        ).exit_code
+        == 0
+    )
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [str(part) for part in (*start, *arguments, tmp_path / "two")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout)
+    assert (told["images"], told["drawn"]) == (9, 7)
+    assert verify_folder(tmp_path / "two", read_manifest(tmp_path / "two", "samples")) == []
+    for path in (tmp_path / "one").iterdir():
+        if path.suffix in (".png", ".npz"):
+            assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes(), path.name
+    refused = subprocess.run([*command, "--cfg", "3"], env=environment, capture_output=True, text=True)
+    assert refused.returncode != 0 and refused.stderr.count("made with other settings") == 1

@@ -60,9 +60,14 @@ def sample(
 
     A model may suggest settings for pictures to look at, as varcli's own does:
     they are used, and told, where none is given.
+
+    With several GPUs: torchrun --nproc-per-node 8 -m varcli sample ...; they
+    share the images, which are those of one.
     """
     from varcli import config as configs
+    from varcli.distributed import join_world
     from varcli.errors import ConfigError
+    from varcli.progress import ignore
     from varcli.sampling import Generator, SampleConfig
     from varcli.sampling.models import find_model
     from varcli.sampling.write import sample_to_folder
@@ -76,35 +81,40 @@ def sample(
     if top_k is not None and top_k < 0:
         raise ConfigError(f"`--top-k` must be 0 or more, but is {top_k}")
     found = find_model(model)
-    console.note(f"model: {found.description}")
-    generator = Generator.load(found.folder, device)
     given = {"cfg": cfg, "cfg_schedule": cfg_schedule, "top_k": top_k, "top_p": top_p, "smooth": smooth}
     given = {name: value for name, value in given.items() if value is not None}
     given |= {"top_k": None} if top_k == 0 else {}
-    suggested = {} if given else generator.suggested  # one setting of one's own, and the rest are the usual ones
-    if suggested:
-        values = ", ".join(f"{name} {value}" for name, value in suggested.items())
-        console.note(f"settings that the model suggests for looking at: {values}; any of your own replaces them")
-    config = configs.replace(SampleConfig(seed=seed, precision=precision), {**suggested, **given})
-    if class_:
-        numbers = [generator.classes.resolve(name) for name in class_]
-        count, columns = n or 16, None
-    else:
-        numbers = list(range(len(generator.classes)))
-        count = per_class or n or 4
-        columns = count if count <= 16 else None
-    wanted = [(number, index) for number in dict.fromkeys(numbers) for index in range(count)]
-    result = sample_to_folder(
-        generator,
-        wanted,
-        out,
-        config,
-        model=str(found.folder.name),
-        batch_size=batch_size,
-        columns=columns,
-        npz=npz,
-        on_step=console.progress("sampling"),
-    )
+    with join_world(device) as (world, own_device):
+        if world.is_first:
+            console.note(f"model: {found.description}")
+        generator = Generator.load(found.folder, own_device)
+        suggested = {} if given else generator.suggested  # one setting of one's own, and the rest are the usual ones
+        if suggested and world.is_first:
+            values = ", ".join(f"{name} {value}" for name, value in suggested.items())
+            console.note(f"settings that the model suggests for looking at: {values}; any of your own replaces them")
+        config = configs.replace(SampleConfig(seed=seed, precision=precision), {**suggested, **given})
+        if class_:
+            numbers = [generator.classes.resolve(name) for name in class_]
+            count, columns = n or 16, None
+        else:
+            numbers = list(range(len(generator.classes)))
+            count = per_class or n or 4
+            columns = count if count <= 16 else None
+        wanted = [(number, index) for number in dict.fromkeys(numbers) for index in range(count)]
+        result = sample_to_folder(
+            generator,
+            wanted,
+            out,
+            config,
+            model=str(found.folder.name),
+            batch_size=batch_size,
+            columns=columns,
+            npz=npz,
+            on_step=console.progress("sampling") if world.is_first else ignore,
+            world=world,
+        )
+    if not world.is_first:
+        return
     value = {
         "folder": str(result.folder),
         "grid": str(result.grid),

@@ -106,6 +106,13 @@ def save_png(path: Path, image: Image.Image | Tensor | np.ndarray, durable: bool
     write_bytes(path, buffer.getvalue(), durable)
 
 
+def write_sample(out: Path, class_index: int, index: int, image: Tensor | np.ndarray) -> Path:
+    """Write the `index`-th image of a class, uint8 (3, H, W), into a folder that a `SamplesWriter` holds."""
+    path = Path(out) / sample_name(class_index, index)
+    save_png(path, image, durable=False)
+    return path
+
+
 def write_npz(
     path: Path, images: Iterable[np.ndarray], count: int, side: int, arrays: Mapping[str, np.ndarray] | None = None
 ) -> None:
@@ -215,10 +222,13 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
 
     def write(self, class_index: int, index: int, image: Tensor | np.ndarray) -> Path:
         """Write one image, uint8 (3, H, W), and return its path."""
-        path = self.out / sample_name(class_index, index)
-        save_png(path, image, durable=False)
+        path = write_sample(self.out, class_index, index, image)
         self._present.add(path.name)
         return path
+
+    def add(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Count in the images of these (class index, index), which other processes wrote by `write_sample`."""
+        self._present.update(name for name in (sample_name(*pair) for pair in pairs) if (self.out / name).exists())
 
     def finish(
         self,

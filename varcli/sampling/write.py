@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from varcli import config as configs
-from varcli.data.samples import GRID_NAME, SamplesWriter, sample_class
+from varcli.data.samples import GRID_NAME, SamplesWriter, sample_class, write_sample
 from varcli.devices import resolve_precision
+from varcli.distributed import ALONE, World
 from varcli.progress import OnStep, Step, ignore
 from varcli.sampling.generator import Generator, SampleConfig
 
@@ -34,12 +38,14 @@ def sample_to_folder(
     columns: int | None = None,
     npz: bool = False,
     on_step: OnStep = ignore,
+    world: World = ALONE,
 ) -> SampleResult:
     """Draw images into `out`, as PNGs with a grid and a manifest; a rerun draws only what is missing.
 
     wanted: (class index, index within the class) of each image. model: how the model is called, for the manifest, which
     also names the images the model learned from: `varcli eval` measures against them. npz: also write the array that
-    evaluation suites read.
+    evaluation suites read. world: processes that share the images and all call this, each with a generator on a device of
+    its own; the images are those of one process.
     Raises ConfigError if `out` holds samples made with other settings, ArtifactError if it cannot be written.
     """
     config = config or SampleConfig()
@@ -52,15 +58,33 @@ def sample_to_folder(
         **({"reference": generator.source} if generator.source else {}),
     }
     size = batch_size or generator.default_batch_size
-    with SamplesWriter(out, settings) as writer:
-        missing = writer.missing(wanted)
-        for start in range(0, len(missing), size):
-            batch = missing[start : start + size]
+    with ExitStack() as stack:
+        writer = stack.enter_context(SamplesWriter(out, settings)) if world.is_first else None
+        missing = _tell_missing(writer, wanted, world)
+        own = world.share(missing)
+        for start in range(0, len(own), size):
+            batch = own[start : start + size]
             classes, indices = zip(*batch, strict=True)
             images = generator.sample(classes, indices, config, batch_size=size)
             for (class_index, index), image in zip(batch, images, strict=True):
-                writer.write(class_index, index, image)
-            on_step(Step(start + len(batch), len(missing), unit="images"))
-        manifest = writer.finish(wanted, info, columns=columns, npz=npz)
-    count = sum(sample_class(name) is not None for name in manifest.files)
-    return SampleResult(folder=Path(out), grid=Path(out) / GRID_NAME, num_images=count, num_drawn=len(missing))
+                write_sample(out, class_index, index, image)
+            on_step(Step(min(world.size * (start + len(batch)), len(missing)), len(missing), unit="images"))
+        world.wait()
+        num_images = len(wanted)
+        if writer is not None:
+            writer.add(missing)
+            manifest = writer.finish(wanted, info, columns=columns, npz=npz)
+            num_images = sum(sample_class(name) is not None for name in manifest.files)
+    return SampleResult(folder=Path(out), grid=Path(out) / GRID_NAME, num_images=num_images, num_drawn=len(missing))
+
+
+def _tell_missing(
+    writer: SamplesWriter | None, wanted: Sequence[tuple[int, int]], world: World
+) -> list[tuple[int, int]]:
+    """Return what the first process, which has the writer, finds missing."""
+    missing = writer.missing(wanted) if writer is not None else []
+    pairs = torch.zeros(world.largest(len(missing))[0], 2, dtype=torch.int64)
+    if missing:
+        pairs = torch.tensor(missing)
+    world.copy_first(pairs)
+    return [(class_index, index) for class_index, index in pairs.tolist()]
