@@ -18,14 +18,14 @@ def test_a_norm_without_modulation_is_a_layer_norm():
 
 def test_a_block_with_closed_gates_changes_nothing():
     torch.manual_seed(0)
-    block, x = Block(TransformerConfig(**CONFIG), 0.0), torch.randn(2, 5, 8)
+    block, x = Block(TransformerConfig(**CONFIG)), torch.randn(2, 5, 8)
     modulation = torch.randn(2, 1, 6, 8)
     modulation[:, :, :2] = 0
     assert torch.equal(block(x, modulation), x)
 
 
 def test_the_shared_modulation_is_moved_by_the_blocks_own_offset():
-    block = Block(TransformerConfig(shared_adaln=True, **CONFIG), 0.0)
+    block = Block(TransformerConfig(shared_adaln=True, **CONFIG))
     with torch.no_grad():
         block.modulation_offset.copy_(torch.arange(48.0).view(1, 1, 6, 8))
     shared = torch.randn(2, 1, 6, 8)
@@ -33,20 +33,21 @@ def test_the_shared_modulation_is_moved_by_the_blocks_own_offset():
     assert not hasattr(block, "modulation")
 
 
-def test_drop_path_skips_whole_samples_and_keeps_the_mean():
+def test_branches_of_a_sample_are_closed_or_opened_wider():
     torch.manual_seed(0)
-    block = Block(TransformerConfig(**CONFIG), 0.25).train()
-    dropped = block._drop(torch.ones(4000, 1, 8))
-    by_sample = dropped.flatten(1)
-    assert torch.equal(by_sample.amin(dim=1), by_sample.amax(dim=1))
-    assert set(by_sample[:, 0].unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
-    assert abs(dropped.mean().item() - 1) < 0.03  # four standard errors are 0.037
-    assert torch.equal(block.eval()._drop(dropped), dropped)
+    block, x, modulation = Block(TransformerConfig(**CONFIG)), torch.randn(3, 5, 8), torch.randn(3, 1, 6, 8)
+    branches_2B = torch.tensor([[0.0, 2.0, 1.0], [0.0, 1.0, 2.0]])
+    found = block(x, modulation, branches_2B=branches_2B)
+    assert torch.equal(found[0], x[0])
+    for sample in (1, 2):
+        wider = modulation[sample : sample + 1].clone()
+        wider[:, :, :2] *= branches_2B[:, sample, None]
+        torch.testing.assert_close(found[sample : sample + 1], block(x[sample : sample + 1], wider))
 
 
 def test_dropout_acts_while_training_only():
     torch.manual_seed(0)
-    block = Block(TransformerConfig(dropout=0.5, **CONFIG), 0.0)
+    block = Block(TransformerConfig(dropout=0.5, **CONFIG))
     x, modulation = torch.randn(2, 5, 8), torch.randn(2, 1, 6, 8)
     assert torch.equal(block.eval()(x, modulation), block(x, modulation))
     assert not torch.equal(block.train()(x, modulation), block(x, modulation))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from varcli.errors import ShapeError
-from varcli.transformer import Transformer, TransformerConfig, drop_labels
+from varcli.transformer import Transformer, TransformerConfig, drop_branches, drop_labels
 
 LABELS = torch.tensor([0, 3])  # 3 stands for no class
 
@@ -90,19 +90,30 @@ def test_weights_in_half_precision_work_as_autocast_does(lively_transformer, fea
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_whole_forward_pass_compiles_as_one_graph(lively_transformer, features, autocast):
     compiled = torch.compile(lively_transformer, backend="aot_eager", fullgraph=True)
+    branches = torch.rand(lively_transformer.config.depth, 2, len(LABELS))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        torch.testing.assert_close(compiled(LABELS, features), lively_transformer(LABELS, features))
+        for drawn in (None, branches):
+            torch.testing.assert_close(compiled(LABELS, features, drawn), lively_transformer(LABELS, features, drawn))
 
 
-def test_drop_path_is_a_matter_of_training_alone(tiny_transformer, features):
-    model = Transformer(
-        TransformerConfig(
-            **{**vars(tiny_transformer.config), "drop_path": 0.9, "init_adaln_gamma": 1.0, "init_head": 1.0}
-        )
-    )
-    assert [block.drop_path for block in model.blocks] == [0.0, 0.9]
-    assert not torch.equal(model.train()(LABELS, features), model(LABELS, features))
-    assert torch.equal(model.eval()(LABELS, features), model(LABELS, features))
+def test_drop_path_closes_branches_more_often_the_deeper_and_keeps_the_mean():
+    config = TransformerConfig(depth=3, width=8, num_heads=2, drop_path=0.5)
+    branches = drop_branches(config, 4000, torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert branches.shape == (3, 2, 4000)
+    for index, keep in enumerate((1.0, 0.75, 0.5)):
+        assert set(branches[index].unique().tolist()) == ({0.0, torch.tensor(1 / keep).item()} if index else {1.0})
+    torch.testing.assert_close(branches.mean(dim=2), torch.ones(3, 2), rtol=0, atol=0.06)  # four standard errors
+    assert drop_branches(TransformerConfig(depth=3, width=8, num_heads=2), 4, None, torch.device("cpu")) is None
+
+
+def test_dropped_branches_change_their_samples_alone(lively_transformer, features):
+    plain = lively_transformer(LABELS, features)
+    branches = torch.ones(lively_transformer.config.depth, 2, len(LABELS))
+    torch.testing.assert_close(lively_transformer(LABELS, features, branches), plain)
+    branches[1, :, 0] = 0
+    dropped = lively_transformer(LABELS, features, branches)
+    torch.testing.assert_close(dropped[1:], plain[1:])
+    assert not torch.allclose(dropped[0], plain[0])
 
 
 def test_fresh_weights_have_the_spread_of_the_paper():

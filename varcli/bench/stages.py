@@ -26,7 +26,7 @@ from varcli.tokenizer.quantizer import MultiScaleQuantizer
 from varcli.training.objective import Objective
 from varcli.training.optim import Updater, build_adamw
 from varcli.training.schedules import Schedule
-from varcli.transformer import Transformer
+from varcli.transformer import Transformer, drop_branches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def _train(size: int, config: BenchConfig, device: torch.device, dtype: torch.dt
 
     def work() -> None:
         updater.begin(0)
-        loss, _ = objective.loss(codes, labels)
+        loss, _ = objective.loss(codes, labels, drop_branches(model.config, size, None, device))
         updater.backward(loss)
         updater.finish(loss.detach())
 

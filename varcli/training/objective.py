@@ -41,8 +41,10 @@ class Objective:
         """Go back to plain torch."""
         self._measure, self._prepare, self._has_graphs = measure, self.order.teacher_forcing_input, False
 
-    def loss(self, codes_BL: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, codes_BL: Tensor, labels_B: Tensor, branches: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the loss to learn from and (4,) `NUMBERS`. Labels may be num_classes, which is no class.
+
+        branches: (depth, 2, B) factors on residual branches, drawn by `drop_branches`.
 
         With graphs, the next call overwrites both, and the gradients of this one.
         """
@@ -52,7 +54,7 @@ class Objective:
             x_BLZ = self._prepare(codes_BL)
         with autocast(self.device, self.dtype):
             last = self.order.step_lengths[-1]
-            return self._measure(self.model, labels_B, x_BLZ, codes_BL, self.label_smoothing, last)
+            return self._measure(self.model, labels_B, x_BLZ, codes_BL, self.label_smoothing, last, branches)
 
     @torch.no_grad()
     def sums_by_step(self, codes_BL: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,13 +72,19 @@ class Objective:
 
 
 def measure(
-    model: Transformer, labels_B: Tensor, x_BLZ: Tensor, codes_BL: Tensor, label_smoothing: float, last: int
+    model: Transformer,
+    labels_B: Tensor,
+    x_BLZ: Tensor,
+    codes_BL: Tensor,
+    label_smoothing: float,
+    last: int,
+    branches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss to learn from, and (4,) numbers: mean loss and accuracy over all tokens, and over the `last` ones.
 
     The loss is the plain mean cross entropy over tokens; `NUMBERS` are without label smoothing. Source: VAR's trainer.
     """
-    logits_BLV = model(labels_B, x_BLZ)
+    logits_BLV = model(labels_B, x_BLZ, branches)
     flat, targets = logits_BLV.flatten(0, 1), codes_BL.flatten()
     losses_BL = F.cross_entropy(flat, targets, reduction="none").view(codes_BL.shape)
     plain = losses_BL.mean()

@@ -26,7 +26,7 @@ from varcli.training.settings import TrainConfig
 from varcli.training.source import CodesSource
 from varcli.training.state import Parts, undisturbed
 from varcli.training.trainer import Trainer
-from varcli.transformer import Transformer, drop_labels
+from varcli.transformer import Transformer, drop_branches, drop_labels
 from varcli.transformer.store import KIND, save_transformer
 
 _COMPILE_FROM = 500  # optimizer steps that make up for the minute of compiling
@@ -123,12 +123,15 @@ class TransformerTrainer(Trainer):
         # drawn for the whole batch, so that cutting it up does not change what is dropped
         rate = self.config.label_dropout
         labels_B = drop_labels(labels_B, self.model_config.num_classes, rate, self.generator)
+        branches = drop_branches(self.model_config, len(codes_BL), self.generator, self.device)
         self.updater.begin(step)
         total = torch.zeros(len(NUMBERS), device=self.device)
         size = self.micro_batch_size
-        for codes, labels in zip(codes_BL.split(size), labels_B.split(size), strict=True):
+        for start in range(0, len(codes_BL), size):
+            piece = slice(start, start + size)
+            codes, labels = codes_BL[piece], labels_B[piece]
             share = len(codes) / len(codes_BL)
-            loss, numbers = self.objective.loss(codes, labels)
+            loss, numbers = self.objective.loss(codes, labels, None if branches is None else branches[:, :, piece])
             self.updater.backward(loss * share)
             total += numbers * share
         values = dict(zip(NUMBERS, total.unbind(), strict=True))
@@ -226,8 +229,9 @@ class TransformerTrainer(Trainer):
         codes, labels = (tensor[:images] for tensor in self.source.batch(start_step))
 
         def try_out() -> None:
+            branches = drop_branches(self.model_config, images, None, self.device)
             self.updater.optimizer.zero_grad(set_to_none=True)
-            self.updater.backward(self.objective.loss(codes, labels)[0])
+            self.updater.backward(self.objective.loss(codes, labels, branches)[0])
 
         with undisturbed(self.device):
             try:

@@ -1,6 +1,6 @@
 """Codes so far to the logits of the next step. Knows integers and tensors, neither tokenizer nor order."""
 
 from varcli.transformer.base import TransformerConfig
-from varcli.transformer.model import Transformer, drop_labels
+from varcli.transformer.model import Transformer, drop_branches, drop_labels
 
-__all__ = ["Transformer", "TransformerConfig", "drop_labels"]
+__all__ = ["Transformer", "TransformerConfig", "drop_branches", "drop_labels"]

@@ -37,9 +37,8 @@ class Block(nn.Module):
     the block's own, or (`shared_adaln`) from one shared layer plus the block's own offset.
     """
 
-    def __init__(self, config: TransformerConfig, drop_path: float) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.drop_path = drop_path
         self.norm_eps = config.norm_eps
         self.attention = SelfAttention(config)
         self.feed_forward = FeedForward(config)
@@ -62,18 +61,16 @@ class Block(nn.Module):
         step_lengths: tuple[int, ...] | None = None,
         cache: LayerCache | None = None,
         start: int = 0,
+        branches_2B: Tensor | None = None,
     ) -> Tensor:
-        """Return the residual stream after this block; step_lengths, cache and start are those of `SelfAttention`."""
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
-        y = self.attention(modulated_norm(x_BlC, scale1, shift1, self.norm_eps), step_lengths, cache, start)
-        x_BlC = torch.addcmul(x_BlC, y, self._drop(gamma1).to(x_BlC.dtype))
-        y = self.feed_forward(modulated_norm(x_BlC, scale2, shift2, self.norm_eps))
-        return torch.addcmul(x_BlC, y, self._drop(gamma2).to(x_BlC.dtype))
+        """Return the residual stream after this block; step_lengths, cache and start are those of `SelfAttention`.
 
-    def _drop(self, gamma_B1C: Tensor) -> Tensor:
-        """Close a branch's gate for some samples while training, and open the others' wider to keep the mean."""
-        if not self.training or self.drop_path == 0:
-            return gamma_B1C
-        keep = 1 - self.drop_path
-        kept_B11 = torch.rand(gamma_B1C.shape[0], 1, 1, device=gamma_B1C.device) < keep
-        return gamma_B1C * (kept_B11 / keep)
+        branches_2B: factors on the gates of attention and feed-forward, sample by sample; see `drop_branches`.
+        """
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
+        if branches_2B is not None:
+            gamma1, gamma2 = (gamma1 * branches_2B[0, :, None, None], gamma2 * branches_2B[1, :, None, None])
+        y = self.attention(modulated_norm(x_BlC, scale1, shift1, self.norm_eps), step_lengths, cache, start)
+        x_BlC = torch.addcmul(x_BlC, y, gamma1.to(x_BlC.dtype))
+        y = self.feed_forward(modulated_norm(x_BlC, scale2, shift2, self.norm_eps))
+        return torch.addcmul(x_BlC, y, gamma2.to(x_BlC.dtype))

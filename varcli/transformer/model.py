@@ -50,8 +50,7 @@ class Transformer(nn.Module):
         self.step_embedding = nn.Embedding(config.num_steps, width)
         self.input_projection = nn.Linear(config.code_channels, width)
         self.shared_modulation = nn.Linear(width, 6 * width) if config.shared_adaln else None
-        rates = [config.drop_path * index / max(config.depth - 1, 1) for index in range(config.depth)]
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_modulation = nn.Linear(width, 2 * width)
         self.output_projection = nn.Linear(width, config.vocab_size)
         steps = [step for step, length in enumerate(config.step_lengths) for _ in range(length)]
@@ -66,16 +65,17 @@ class Transformer(nn.Module):
 
     # -- teacher forcing -----------------------------------------------------------------------------------------
 
-    def forward(self, labels_B: Tensor, x_BLZ: Tensor) -> Tensor:
+    def forward(self, labels_B: Tensor, x_BLZ: Tensor, branches: Tensor | None = None) -> Tensor:
         """Return the logits (B, L, V), float32, of every code given the true earlier ones.
 
         labels_B: class indices; `config.num_classes` stands for no class.
         x_BLZ: what the order made of the true codes, (B, L - l_0, Z); position i is aligned with the code predicted there.
+        branches: factors on the residual branches, (depth, 2, B), that `drop_branches` drew; None keeps all as they are.
         Raises ShapeError if x has another shape.
         """
-        return self.head(self.hidden(labels_B, x_BLZ))
+        return self.head(self.hidden(labels_B, x_BLZ, branches))
 
-    def hidden(self, labels_B: Tensor, x_BLZ: Tensor) -> Tensor:
+    def hidden(self, labels_B: Tensor, x_BLZ: Tensor, branches: Tensor | None = None) -> Tensor:
         """Return what `head` turns into logits, float32 (B, L, C): for a loss that takes the head in pieces."""
         config = self.config
         check_shape("x", x_BLZ, (labels_B.shape[0], config.seq_len - config.step_lengths[0], config.code_channels))
@@ -84,8 +84,9 @@ class Transformer(nn.Module):
         x = torch.cat((first, self._project(x_BLZ)), dim=1) + self._embed_positions(0, config.seq_len)
         x = x.to(self._compute_dtype())
         modulations, (scale, shift) = self._modulate(condition_BC)
-        for block, modulation in zip(self.blocks, modulations, strict=True):
-            x = block(x, modulation, config.step_lengths)
+        by_block = [None] * config.depth if branches is None else branches.unbind()
+        for block, modulation, branches_2B in zip(self.blocks, modulations, by_block, strict=True):
+            x = block(x, modulation, config.step_lengths, branches_2B=branches_2B)
         return modulated_norm(x, scale, shift, config.norm_eps)
 
     def head(self, h_BlC: Tensor) -> Tensor:
@@ -207,3 +208,18 @@ def drop_labels(labels_B: Tensor, num_classes: int, rate: float, generator: torc
     """
     dropped_B = torch.rand(labels_B.shape, generator=generator, device=labels_B.device) < rate
     return torch.where(dropped_B, num_classes, labels_B)
+
+
+def drop_branches(
+    config: TransformerConfig, batch_size: int, generator: torch.Generator | None, device: torch.device
+) -> Tensor | None:
+    """Draw stochastic depth for a batch: factors (depth, 2, B), float32, on the gates of attention and feed-forward.
+
+    A branch is closed with a chance that rises from 0 in the first block to `config.drop_path` in the last, and the others
+    open wider to keep the mean. None if nothing is ever closed. generator: on `device`; None uses torch's own.
+    """
+    if config.drop_path == 0 or config.depth == 1:
+        return None
+    keep = torch.linspace(1, 1 - config.drop_path, config.depth, device=device)[:, None, None]
+    drawn = torch.rand(config.depth, 2, batch_size, generator=generator, device=device)
+    return (drawn < keep) / keep
