@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from varcli.artifacts.manifest import MANIFEST_NAME
+from varcli.artifacts.find import artifact_folder, known_artifacts
 from varcli.artifacts.verify import read_manifest
-from varcli.errors import ArtifactError, unknown_name
+from varcli.errors import ArtifactError
 from varcli.tokenizer.store import KIND
-
-_ROOTS = (Path("models"), Path("tokenizers"), Path("runs"))
-_EMBEDDED = Path(__file__).parents[1] / "embedded"
 
 
 def tokenizer_folder(given: Path | str) -> Path:
@@ -19,19 +15,12 @@ def tokenizer_folder(given: Path | str) -> Path:
 
     A model or run folder stands for the tokenizer inside it. Raises ArtifactError if there is none.
     """
-    for place in (Path(given), *(root / given for root in (*_ROOTS, _EMBEDDED))):
-        found = _in_folder(place)
-        if found is not None:
-            return found
-    if Path(given).exists():
-        raise ArtifactError(f"`{given}` holds no tokenizer", "pass a tokenizer, model or run folder")
-    names = {folder.parent.name if folder.name == KIND else folder.name for folder in known_tokenizers()}
-    raise unknown_name("tokenizer", str(given), names, ArtifactError)
+    return artifact_folder(given, KIND)
 
 
 def find_tokenizer(fingerprint: str) -> Path:
     """Return the tokenizer folder with this fingerprint among those at hand. Raises ArtifactError if there is none."""
-    for folder in known_tokenizers():
+    for folder in known_artifacts(KIND):
         try:
             if read_manifest(folder, KIND).info.get("fingerprint") == fingerprint:
                 return folder
@@ -43,27 +32,6 @@ def find_tokenizer(fingerprint: str) -> Path:
     )
 
 
-def known_tokenizers() -> Iterator[Path]:
-    """Yield every tokenizer folder at hand: the user's first, then those that come with varcli."""
-    for root in (*_ROOTS, _EMBEDDED):
-        for place in sorted(root.iterdir()) if root.is_dir() else ():
-            found = _in_folder(place)
-            if found is not None:
-                yield found
-
-
-def _in_folder(place: Path) -> Path | None:
-    """The tokenizer folder that `place` is or holds."""
-    for folder in (place / KIND, place):
-        if (folder / MANIFEST_NAME).is_file():
-            try:
-                read_manifest(folder, KIND)
-            except ArtifactError:
-                continue
-            return folder
-    return None
-
-
 def default_tokenizer(side: int) -> Path:
     """Choose the tokenizer for images whose shorter side is `side` pixels, where none is named.
 
@@ -71,7 +39,7 @@ def default_tokenizer(side: int) -> Path:
     larger pictures, the smallest of them. One whose training has not ended is not chosen. Raises ArtifactError if there
     is none.
     """
-    infos = [(read_manifest(folder, KIND).info, folder) for folder in known_tokenizers()]
+    infos = [(read_manifest(folder, KIND).info, folder) for folder in known_artifacts(KIND)]
     found = [(int(info["image_size"]), folder) for info, folder in infos if info.get("step") == info.get("steps")]
     if not found:
         raise ArtifactError(

@@ -19,12 +19,14 @@ from varcli.errors import ConfigError
 from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer import TokenizerConfig
 from varcli.tokenizer.store import KIND, load_tokenizer
+from varcli.training.frozen import refuse_frozen_start
 from varcli.training.loop import LoopConfig, OnValidation, run_training
 from varcli.training.parallel import share_batch
-from varcli.training.parent import Parent, find_parent
+from varcli.training.parent import find_parent
 from varcli.training.pixels import open_pixels, read_held_out
 from varcli.training.run import keep_stored, open_run
 from varcli.training.tokenizer_objective import TokenizerTrainConfig
+from varcli.training.tokenizer_parent import TokenizerParent, read_parent, remember_parent
 from varcli.training.tokenizer_trainer import TokenizerTrainer
 
 _FREE = LoopConfig.FREE - {"steps"} | {"lpips_weights", "checkpointing", "workers", "max_skip"}  # change no number
@@ -60,7 +62,7 @@ def train_tokenizer(
     images: an image tree; a "val" split, if there is one, is held out and measured on. The tokenizer is written to
     `out/tokenizer` with each checkpoint. Images smaller than the tokenizer's are enlarged, which is told; how they are cut
     and read: `open_pixels`. init_from: a tokenizer, model or run folder whose architecture and weights a new run begins
-    with; see `Parent.inherit` for what may differ. architecture: the settings of `config.tokenizer` that are asked for
+    with; see `TokenizerParent.inherit` for what may differ. architecture: the settings of `config.tokenizer` that are asked for
     where not all of them are; the others are init_from's, or TokenizerConfig's defaults. size: pixels, side of the images
     to learn; chooses patch_nums, and without init_from all that the architecture leaves open (`TokenizerConfig.for_side`).
     given: names of settings that a resumed run must have been begun with, None means those that are not at their
@@ -81,7 +83,7 @@ def train_tokenizer(
     with open_run(out, resume, world) as run:
         config = keep_stored(config, run.config, fixed)
         share_batch(config.batch_size, world)  # raises before anything is read or written
-        parent = find_parent(run, init_from)
+        parent = find_parent(run, init_from, KIND, read_parent, remember_parent)
         typical = typical_side(tree.root, tree.splits[train])
         if parent is not None or asked or size is not None or config.tokenizer is None:
             config = replace(config, tokenizer=_choose_architecture(asked, size, parent, typical))
@@ -135,7 +137,7 @@ def train_tokenizer(
 
 
 def _choose_architecture(
-    asked: Mapping[str, Any], size: int | None, parent: Parent | None, typical: int
+    asked: Mapping[str, Any], size: int | None, parent: TokenizerParent | None, typical: int
 ) -> TokenizerConfig:
     """The architecture of settings `asked`, for images of `size` px or else of `typical` ones."""
     if size is not None:
@@ -147,13 +149,9 @@ def _choose_architecture(
     return configs.from_dict(TokenizerConfig, asked) if asked else TokenizerConfig.for_side(typical)
 
 
-def _check_start(config: TokenizerTrainConfig, parent: Parent | None) -> None:
+def _check_start(config: TokenizerTrainConfig, parent: TokenizerParent | None) -> None:
     """Raise ConfigError for settings that make no sense with a tokenizer to start from, or only with one."""
-    if parent is None and config.frozen:
-        raise ConfigError(
-            f"{', '.join(config.frozen)} cannot be frozen before having learned anything",
-            "name a tokenizer to start from with --init-from, or leave out `frozen`",
-        )
+    refuse_frozen_start(config.frozen, KIND, parent is not None)
     if parent is not None and config.codebook_init != "random":
         raise ConfigError(
             f"codebook_init is {config.codebook_init}, but the codebook comes with the tokenizer to start from",
@@ -161,7 +159,9 @@ def _check_start(config: TokenizerTrainConfig, parent: Parent | None) -> None:
         )
 
 
-def _describe_plan(trainer: TokenizerTrainer, parent: Parent | None, typical: int, num_val: int) -> Iterator[str]:
+def _describe_plan(
+    trainer: TokenizerTrainer, parent: TokenizerParent | None, typical: int, num_val: int
+) -> Iterator[str]:
     """Say what is about to be trained on what: images of about `typical` px, `num_val` of them for validation."""
     config, tokenizer = trainer.config, trainer.model.config
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())

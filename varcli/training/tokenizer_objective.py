@@ -23,6 +23,7 @@ from varcli.tokenizer.losses import (
     pixel_loss,
     r1_penalty,
 )
+from varcli.training.frozen import freeze, learn
 
 CODEBOOK_INITS = ("random", "data")
 REGULARIZERS = ("lecam", "r1", "none")
@@ -124,9 +125,7 @@ class TokenizerObjective(nn.Module):
         self.config, self.device, self.dtype, self.world = config, device, dtype, world
         self.tokenizer = VQVAE(config.tokenizer)
         self.tokenizer.encoder.checkpointing = self.tokenizer.decoder.checkpointing = config.checkpointing
-        self.frozen = [self.tokenizer.get_submodule(name) for part in config.frozen for name in PARTS[part]]
-        for module in self.frozen:
-            module.requires_grad_(False)
+        self.frozen = freeze(self.tokenizer, (name for part in config.frozen for name in PARTS[part]))
         self.discriminator = PatchDiscriminator() if config.adversarial_weight else None
         self.lecam = LeCamPenalty()
         self.perceptual = PERCEPTUAL[config.perceptual](config.lpips_weights) if config.perceptual_weight else None
@@ -144,9 +143,7 @@ class TokenizerObjective(nn.Module):
 
     def learn(self) -> None:
         """Put the tokenizer into training mode, but for its frozen parts, which must drop out nothing."""
-        self.tokenizer.train()
-        for module in self.frozen:
-            module.eval()
+        learn(self.tokenizer, self.frozen)
 
     def backward_tokenizer(
         self, images: Tensor, num_kept_B: Tensor, adversarial_share: float, generator: torch.Generator

@@ -22,7 +22,6 @@ from varcli.tokenizer.store import KIND, save_tokenizer
 from varcli.training.ema import Ema
 from varcli.training.optim import Updater, build_adamw
 from varcli.training.parallel import average_numbers, share_batch
-from varcli.training.parent import load_parent
 from varcli.training.pixels import Pixels
 from varcli.training.schedules import Schedule
 from varcli.training.state import Parts
@@ -34,6 +33,7 @@ from varcli.training.tokenizer_objective import (
     augment,
     draw_kept_scales,
 )
+from varcli.training.tokenizer_parent import load_parent
 from varcli.training.trainer import Trainer
 
 _USAGE_DECAY = 0.99  # of the running counts that say which codes are dead

@@ -18,9 +18,9 @@ from varcli.cli.app import app
 from varcli.errors import ArtifactError, ConfigError
 from varcli.tokenizer import VQVAE
 from varcli.tokenizer.store import load_tokenizer, save_tokenizer
-from varcli.training.parent import Parent, load_parent
 from varcli.training.tokenizer import train_tokenizer
 from varcli.training.tokenizer_objective import PARTS, TokenizerTrainConfig
+from varcli.training.tokenizer_parent import TokenizerParent, load_parent
 
 
 def config(**changes) -> TokenizerTrainConfig:
@@ -144,7 +144,7 @@ def test_nothing_is_frozen_without_a_parent(tiny_images, tmp_path):
 
 @pytest.mark.parametrize("num_phis", [0, 1, 2, 4])
 def test_another_resolution_keeps_the_weights_where_the_phis_allow_it(num_phis):
-    before = Parent(fingerprint="0" * 16, config=replace(SMALL, num_phis=num_phis), folder=None)
+    before = TokenizerParent(fingerprint="0" * 16, config=replace(SMALL, num_phis=num_phis), folder=None)
     wanted = before.inherit({"patch_nums": [1, 2, 3, 8]} if num_phis else {"patch_nums": [1, 2, 8]})
     assert wanted.image_size == 2 * before.config.image_size
     child, made = VQVAE(wanted), VQVAE(before.config)
