@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from varcli.transformer import TransformerConfig
-from varcli.transformer.blocks import Block, modulated_norm
+from varcli.transformer.blocks import Block, Condition, modulated_norm
 
 CONFIG = {"width": 8, "num_heads": 2, "step_lengths": (1, 4)}
 
@@ -29,7 +29,9 @@ def test_the_shared_modulation_is_moved_by_the_blocks_own_offset():
     with torch.no_grad():
         block.modulation_offset.copy_(torch.arange(48.0).view(1, 1, 6, 8))
     shared = torch.randn(2, 1, 6, 8)
-    assert torch.equal(block.modulate(torch.randn(2, 8), shared), shared + torch.arange(48.0).view(1, 1, 6, 8))
+    assert torch.equal(
+        block.modulate(Condition(torch.randn(2, 8), shared)), shared + torch.arange(48.0).view(1, 1, 6, 8)
+    )
     assert not hasattr(block, "modulation")
 
 

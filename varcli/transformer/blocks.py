@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,13 @@ def modulated_norm(x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, eps: flo
     """Layer norm without weights of its own, then the condition's scale and shift; float32 out."""
     normed = F.layer_norm(x_BlC.float(), (x_BlC.shape[-1],), eps=eps)
     return torch.addcmul(shift_B1C.float(), normed, 1 + scale_B1C.float())
+
+
+class Condition(NamedTuple):
+    """What every block's modulation is made of."""
+
+    activated_BC: Tensor  # the class condition after SiLU
+    shared_B16C: Tensor | None = None  # what the shared layer made of it, with `shared_adaln`
 
 
 class FeedForward(nn.Module):
@@ -48,16 +57,17 @@ class Block(nn.Module):
         else:
             self.modulation = nn.Linear(config.width, 6 * config.width)
 
-    def modulate(self, condition_BC: Tensor, shared_B16C: Tensor | None) -> Tensor:
-        """Return this block's modulation (B, 1, 6, C) for a condition that went through SiLU."""
+    def modulate(self, condition: Condition) -> Tensor:
+        """Return this block's modulation (B, 1, 6, C)."""
         if self.modulation_offset is not None:
-            return shared_B16C + self.modulation_offset
-        return linear(self.modulation, condition_BC).view(condition_BC.shape[0], 1, 6, -1)
+            return condition.shared_B16C + self.modulation_offset
+        activated_BC = condition.activated_BC
+        return linear(self.modulation, activated_BC).view(activated_BC.shape[0], 1, 6, -1)
 
     def forward(
         self,
         x_BlC: Tensor,
-        modulation_B16C: Tensor,
+        modulation: Tensor | Condition,
         step_lengths: tuple[int, ...] | None = None,
         cache: LayerCache | None = None,
         start: int = 0,
@@ -65,8 +75,11 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return the residual stream after this block; step_lengths, cache and start are those of `SelfAttention`.
 
+        modulation: (B, 1, 6, C) that `modulate` gave, or what it is made of: then this call touches all weights of the
+        block and nothing else does, which a block that is sharded over several devices needs.
         branches_2B: factors on the gates of attention and feed-forward, sample by sample; see `drop_branches`.
         """
+        modulation_B16C = self.modulate(modulation) if isinstance(modulation, Condition) else modulation
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
         if branches_2B is not None:
             gamma1, gamma2 = (gamma1 * branches_2B[0, :, None, None], gamma2 * branches_2B[1, :, None, None])

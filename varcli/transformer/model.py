@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from varcli.shapes import check_shape
 from varcli.transformer.attention import LayerCache, linear
 from varcli.transformer.base import TransformerConfig
-from varcli.transformer.blocks import Block, modulated_norm
+from varcli.transformer.blocks import Block, Condition, modulated_norm
 
 _UNDECAYED = ("start_position", "positions", "step_embedding", "log_scale", "modulation_offset")
 
@@ -83,10 +83,10 @@ class Transformer(nn.Module):
         first = condition_BC.unsqueeze(1) + self.start_position.float()
         x = torch.cat((first, self._project(x_BLZ)), dim=1) + self._embed_positions(0, config.seq_len)
         x = x.to(self._compute_dtype())
-        modulations, (scale, shift) = self._modulate(condition_BC)
+        condition, (scale, shift) = self._modulate(condition_BC)
         by_block = [None] * config.depth if branches is None else branches.unbind()
-        for block, modulation, branches_2B in zip(self.blocks, modulations, by_block, strict=True):
-            x = block(x, modulation, config.step_lengths, branches_2B=branches_2B)
+        for block, branches_2B in zip(self.blocks, by_block, strict=True):
+            x = block(x, condition, config.step_lengths, branches_2B=branches_2B)
         return modulated_norm(x, scale, shift, config.norm_eps)
 
     def head(self, h_BlC: Tensor) -> Tensor:
@@ -105,7 +105,8 @@ class Transformer(nn.Module):
             LayerCache(*(torch.empty(shape, dtype=dtype, device=labels_B.device) for _ in range(2)))
             for _ in self.blocks
         ]
-        return KVCache(layers, condition_BC, *self._modulate(condition_BC))
+        condition, head_modulation = self._modulate(condition_BC)
+        return KVCache(layers, condition_BC, [block.modulate(condition) for block in self.blocks], head_modulation)
 
     @torch.no_grad()
     def step(self, x_BlZ: Tensor | None, cache: KVCache) -> Tensor:
@@ -142,14 +143,14 @@ class Transformer(nn.Module):
         steps = self.step_embedding(self.step_of_token_L[start:end])
         return steps.float() + self.positions[:, start:end].float()
 
-    def _modulate(self, condition_BC: Tensor) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
-        """Return what the class decides: each block's modulation, and scale and shift of the last norm."""
+    def _modulate(self, condition_BC: Tensor) -> tuple[Condition, tuple[Tensor, Tensor]]:
+        """Return what the class decides: what blocks make their modulation of, and scale and shift of the last norm."""
         activated = F.silu(condition_BC)
         shared = None
         if self.shared_modulation is not None:
             shared = linear(self.shared_modulation, activated).view(activated.shape[0], 1, 6, -1)
         scale, shift = linear(self.head_modulation, activated).unsqueeze(1).chunk(2, dim=-1)
-        return [block.modulate(activated, shared) for block in self.blocks], (scale, shift)
+        return Condition(activated, shared), (scale, shift)
 
     def _compute_dtype(self) -> torch.dtype:
         weight = self.output_projection.weight
