@@ -34,6 +34,17 @@ def test_top_k_keeps_ties_and_top_p_keeps_the_likeliest():
     assert truncate(probabilities.log(), top_p=0.78).isinf().tolist() == [[[False, False, True, True]]]
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, None), (None, 0.7), (5, 0.7), (7, 0.2), (1, 0.9), (100, 0.999)])
+def test_truncation_is_what_its_definition_says_ties_included(top_k, top_p):
+    logits = torch.randn(40, 3, 12, generator=torch.Generator().manual_seed(0)).mul(2).round() / 2  # many ties
+    for row, found in zip(logits.flatten(0, 1).tolist(), truncate(logits, top_k, top_p).flatten(0, 1).tolist()):
+        kept = [x for x in row if top_k is None or sum(other > x for other in row) < top_k]
+        total = math.fsum(map(math.exp, kept))
+        if top_p is not None:
+            kept = [x for x in kept if math.fsum(math.exp(other) for other in kept if other > x) / total < top_p]
+        assert found == [x if x >= min(kept) else -math.inf for x in row]
+
+
 def test_noise_is_exponential_and_differs_by_every_key():
     noise = KeyedNoise(0, [1, 1, 2], [0, 1, 0], CPU)(3, 0, 50, 400)
     assert noise.min() > 0

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from varcli.transformer import TransformerConfig
-from varcli.transformer.attention import LayerCache, SelfAttention, attend_by_step, unit_length
+from varcli.transformer.attention import SelfAttention, attend_by_step, unit_length
 
 
 def make_attention(**changes) -> SelfAttention:
@@ -19,6 +19,12 @@ def make_attention(**changes) -> SelfAttention:
     for bias in (attention.q_bias, attention.v_bias):
         torch.nn.init.normal_(bias)
     return attention
+
+
+def attend(attention: SelfAttention, x: torch.Tensor, step_lengths: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Attention of all tokens, those of one step if no lengths are given."""
+    q, k, v = attention.project(x)
+    return attention.join(attend_by_step(q, k, v, step_lengths or (x.shape[1],), attention.softmax_scale))
 
 
 def by_hand(attention: SelfAttention, x: torch.Tensor, scales: list[float] | None) -> torch.Tensor:
@@ -47,14 +53,14 @@ def test_attention_with_unit_vectors_equals_the_formula():
         attention.log_scale.copy_(torch.tensor([0.0, 1.0, 9.0]).view(1, 3, 1, 1))
     x = torch.randn(2, 5, 12)
     expected = by_hand(attention, x, [1.0, math.e, 100.0])  # the last is capped at 100
-    torch.testing.assert_close(attention(x), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(attend(attention, x), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_attention_without_unit_vectors_is_four_times_flatter_than_usual():
     attention = make_attention(qk_norm=False)
     assert attention.log_scale is None
     x = torch.randn(2, 5, 12)
-    torch.testing.assert_close(attention(x), by_hand(attention, x, None), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(attend(attention, x), by_hand(attention, x, None), atol=1e-5, rtol=1e-4)
 
 
 def test_temperatures_start_at_four():
@@ -76,14 +82,6 @@ def test_attention_by_step_is_attention_under_a_block_causal_mask_with_the_same_
         strict=True,
     ):
         torch.testing.assert_close(have, want, atol=1e-6, rtol=1e-5)
-
-
-def test_a_cache_gives_what_one_pass_over_all_steps_gives():
-    attention = make_attention()
-    x = torch.randn(2, 5, 12)
-    cache = LayerCache(torch.empty(2, 3, 5, 4), torch.empty(2, 3, 5, 4))
-    pieces = torch.cat([attention(x[:, :1], cache=cache, start=0), attention(x[:, 1:], cache=cache, start=1)], dim=1)
-    torch.testing.assert_close(pieces, attention(x, (1, 4)), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

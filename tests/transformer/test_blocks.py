@@ -21,7 +21,7 @@ def test_a_block_with_closed_gates_changes_nothing():
     block, x = Block(TransformerConfig(**CONFIG)), torch.randn(2, 5, 8)
     modulation = torch.randn(2, 1, 6, 8)
     modulation[:, :, :2] = 0
-    assert torch.equal(block(x, modulation), x)
+    assert torch.equal(block(x, modulation, (x.shape[1],)), x)
 
 
 def test_the_shared_modulation_is_moved_by_the_blocks_own_offset():
@@ -39,17 +39,17 @@ def test_branches_of_a_sample_are_closed_or_opened_wider():
     torch.manual_seed(0)
     block, x, modulation = Block(TransformerConfig(**CONFIG)), torch.randn(3, 5, 8), torch.randn(3, 1, 6, 8)
     branches_2B = torch.tensor([[0.0, 2.0, 1.0], [0.0, 1.0, 2.0]])
-    found = block(x, modulation, branches_2B=branches_2B)
+    found = block(x, modulation, (x.shape[1],), branches_2B=branches_2B)
     assert torch.equal(found[0], x[0])
     for sample in (1, 2):
         wider = modulation[sample : sample + 1].clone()
         wider[:, :, :2] *= branches_2B[:, sample, None]
-        torch.testing.assert_close(found[sample : sample + 1], block(x[sample : sample + 1], wider))
+        torch.testing.assert_close(found[sample : sample + 1], block(x[sample : sample + 1], wider, (x.shape[1],)))
 
 
 def test_dropout_acts_while_training_only():
     torch.manual_seed(0)
     block = Block(TransformerConfig(dropout=0.5, **CONFIG))
     x, modulation = torch.randn(2, 5, 8), torch.randn(2, 1, 6, 8)
-    assert torch.equal(block.eval()(x, modulation), block(x, modulation))
-    assert not torch.equal(block.train()(x, modulation), block(x, modulation))
+    assert torch.equal(block.eval()(x, modulation, (x.shape[1],)), block(x, modulation, (x.shape[1],)))
+    assert not torch.equal(block.train()(x, modulation, (x.shape[1],)), block(x, modulation, (x.shape[1],)))

@@ -64,6 +64,21 @@ def test_cached_steps_match_teacher_forced_logits(lively_transformer, features, 
     assert (cache.step, cache.position) == (3, 21)
 
 
+@torch.no_grad()
+def test_keys_and_values_of_the_last_step_take_room_in_one_block_alone(lively_transformer, features):
+    """Law: all blocks together keep what earlier steps left, and one block's last step."""
+    model = Transformer(TransformerConfig(**{**vars(lively_transformer.config), "depth": 5})).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.1)
+    cache = model.start_cache(LABELS)
+    bytes_of_a_token = 2 * len(LABELS) * model.config.width * 4
+    stored = {layer.keys.untyped_storage().data_ptr(): layer.keys.untyped_storage().nbytes() for layer in cache.layers}
+    assert 2 * sum(stored.values()) == (5 * 5 + 16) * bytes_of_a_token
+    steps = [model.step(x_BlZ, cache) for x_BlZ in (None, features[:, :4], features[:, 4:])]
+    torch.testing.assert_close(torch.cat(steps, dim=1), model(LABELS, features), atol=1e-5, rtol=1e-4)
+
+
 def test_features_of_another_length_are_refused(tiny_transformer, features):
     with pytest.raises(ShapeError, match=r"x must have shape \(2, 20, 8\), but has \(2, 19, 8\)"):
         tiny_transformer(LABELS, features[:, :19])

@@ -26,18 +26,23 @@ def guide(wanted_BlV: Tensor, unwanted_BlV: Tensor, strength: float) -> Tensor:
 def truncate(logits_BlV: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     """Set the logits that may not be drawn to -inf.
 
-    top_k: keep the k largest, and what ties with the last of them. top_p: of those, drop the unlikely ones whose summed
-    probability stays within 1 - p; the likeliest is always kept. None turns either off.
+    top_k: keep the k largest. top_p: of those, keep each whose likelier ones have less than p of the probability together,
+    so the likeliest always stays. What ties with the last one kept stays, in both. None turns either off.
     """
-    if top_k is not None and top_k < logits_BlV.shape[-1]:
-        smallest = logits_BlV.topk(top_k, dim=-1).values[..., -1:]
-        logits_BlV = logits_BlV.masked_fill(logits_BlV < smallest, -math.inf)
-    if top_p is not None and top_p < 1:
-        ascending, order = logits_BlV.sort(dim=-1)
-        dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        dropped[..., -1] = False
-        logits_BlV = logits_BlV.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
-    return logits_BlV
+    vocab_size = logits_BlV.shape[-1]
+    top_k = None if top_k is None or top_k >= vocab_size else top_k
+    top_p = None if top_p is None or top_p >= 1 else top_p
+    if top_k is None and top_p is None:
+        return logits_BlV
+    largest = logits_BlV.topk(top_k or vocab_size, dim=-1).values  # from large to small
+    limit = largest[..., -1:]
+    if top_p is not None:
+        # only what ties with the k-th largest can lie outside of `largest`
+        total = (logits_BlV - largest[..., :1]).exp().masked_fill(logits_BlV < limit, 0).sum(dim=-1, keepdim=True)
+        shares = (largest - largest[..., :1]).exp() / total
+        is_kept = shares.cumsum(dim=-1) - shares < top_p
+        limit = largest.masked_fill(~is_kept, math.inf).amin(dim=-1, keepdim=True)
+    return logits_BlV.masked_fill(logits_BlV < limit, -math.inf)
 
 
 def draw(logits_BlV: Tensor, noise_BlV: Tensor) -> Tensor:

@@ -16,16 +16,17 @@ _MAX_LOG_SCALE = math.log(100)  # temperatures are capped at 100, as in Swin v2 
 
 @dataclass
 class LayerCache:
-    """Keys and values of one block's earlier steps, room for all L tokens: (B, n, L, d) each."""
+    """Keys and values of one block, room for all L tokens: (B, n, L, d) each."""
 
     keys: Tensor
     values: Tensor
 
-    def extend(self, k_Bnld: Tensor, v_Bnld: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Store one step's keys and values from position `start` on; return all so far."""
-        end = start + k_Bnld.shape[2]
-        self.keys[:, :, start:end] = k_Bnld
-        self.values[:, :, start:end] = v_Bnld
+    def place(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """Where keys and values of the tokens from position `start` on belong: two views (B, n, l, d)."""
+        return self.keys[:, :, start : start + length], self.values[:, :, start : start + length]
+
+    def until(self, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `end` tokens: two views (B, n, end, d)."""
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
@@ -60,7 +61,7 @@ def attend_by_step(
 
 
 class SelfAttention(nn.Module):
-    """Attention of (B, l, C) to itself and to what a cache holds. Keys have no bias."""
+    """What attention of (B, l, C) learns: `project` comes before `attend_by_step`, `join` after it. Keys have no bias."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -76,19 +77,8 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self,
-        x_BlC: Tensor,
-        step_lengths: tuple[int, ...] | None = None,
-        cache: LayerCache | None = None,
-        start: int = 0,
-    ) -> Tensor:
-        """Attend.
-
-        step_lengths: tokens of each step, where several are there at once, of which each sees itself and all earlier
-        ones; None lets every token see every other one.
-        cache: earlier steps to see too; these tokens are appended to it from position `start` on.
-        """
+    def project(self, x_BlC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, (B, n, l, d) each."""
         batch, length, _ = x_BlC.shape
         weight = self.qkv.weight
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)).to(weight.dtype)
@@ -98,7 +88,8 @@ class SelfAttention(nn.Module):
             # the cap has no gradient above it: a head that reaches it stays there unless decay moves it
             q = unit_length(q, self.log_scale.float().clamp_max(_MAX_LOG_SCALE).exp()).to(v.dtype)
             k = unit_length(k).to(v.dtype)
-        if cache is not None:
-            k, v = cache.extend(k, v, start)
-        y_BlC = attend_by_step(q, k, v, step_lengths or (length,), self.softmax_scale)
+        return q, k, v
+
+    def join(self, y_BlC: Tensor) -> Tensor:
+        """Mix what the heads saw."""
         return self.dropout(linear(self.proj, y_BlC))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varcli.transformer.attention import LayerCache, SelfAttention, linear
+from varcli.transformer.attention import SelfAttention, attend_by_step, linear
 from varcli.transformer.base import TransformerConfig
 
 
@@ -68,22 +68,41 @@ class Block(nn.Module):
         self,
         x_BlC: Tensor,
         modulation: Tensor | Condition,
-        step_lengths: tuple[int, ...] | None = None,
-        cache: LayerCache | None = None,
-        start: int = 0,
+        step_lengths: tuple[int, ...],
         branches_2B: Tensor | None = None,
     ) -> Tensor:
-        """Return the residual stream after this block; step_lengths, cache and start are those of `SelfAttention`.
+        """Return the residual stream after this block, all steps at once.
 
         modulation: (B, 1, 6, C) that `modulate` gave, or what it is made of: then this call touches all weights of the
         block and nothing else does, which a block that is sharded over several devices needs.
+        step_lengths: tokens of each step, of which each sees itself and all earlier ones.
         branches_2B: factors on the gates of attention and feed-forward, sample by sample; see `drop_branches`.
         """
         modulation_B16C = self.modulate(modulation) if isinstance(modulation, Condition) else modulation
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
+        q, k, v = self.before_attention(x_BlC, modulation_B16C)
+        seen_BlC = attend_by_step(q, k, v, step_lengths, self.attention.softmax_scale)
+        return self.after_attention(x_BlC, seen_BlC, modulation_B16C, branches_2B)
+
+    def before_attention(self, x_BlC: Tensor, modulation_B16C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries, keys and values (B, n, l, d) of some tokens."""
+        _, _, scale1, _, shift1, _ = modulation_B16C.unbind(2)
+        return self.attention.project(modulated_norm(x_BlC, scale1, shift1, self.norm_eps))
+
+    def after_attention(
+        self, x_BlC: Tensor, seen_BlC: Tensor, modulation_B16C: Tensor, branches_2B: Tensor | None = None
+    ) -> Tensor:
+        """Return the residual stream after this block, given what attention saw, (B, l, n * d)."""
+        gamma1, gamma2, _, scale2, _, shift2 = modulation_B16C.unbind(2)
         if branches_2B is not None:
             gamma1, gamma2 = (gamma1 * branches_2B[0, :, None, None], gamma2 * branches_2B[1, :, None, None])
-        y = self.attention(modulated_norm(x_BlC, scale1, shift1, self.norm_eps), step_lengths, cache, start)
-        x_BlC = torch.addcmul(x_BlC, y, gamma1.to(x_BlC.dtype))
+        x_BlC = torch.addcmul(x_BlC, self.attention.join(seen_BlC), gamma1.to(x_BlC.dtype))
         y = self.feed_forward(modulated_norm(x_BlC, scale2, shift2, self.norm_eps))
         return torch.addcmul(x_BlC, y, gamma2.to(x_BlC.dtype))
+
+
+def cached_queries(block: Block, x_BlC: Tensor, modulation_B16C: Tensor, k_Bnld: Tensor, v_Bnld: Tensor) -> Tensor:
+    """Return a step's queries (B, n, l, d) and write its keys and values to where a cache has room for them."""
+    q, k, v = block.before_attention(x_BlC, modulation_B16C)
+    k_Bnld.copy_(k)
+    v_Bnld.copy_(v)
+    return q

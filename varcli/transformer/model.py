@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varcli.shapes import check_shape
-from varcli.transformer.attention import LayerCache, linear
+from varcli.transformer.attention import LayerCache, attend_by_step, linear
 from varcli.transformer.base import TransformerConfig
-from varcli.transformer.blocks import Block, Condition, modulated_norm
+from varcli.transformer.blocks import Block, Condition, cached_queries, modulated_norm
 
 _UNDECAYED = ("start_position", "positions", "step_embedding", "log_scale", "modulation_offset")
 
@@ -56,6 +56,7 @@ class Transformer(nn.Module):
         steps = [step for step, length in enumerate(config.step_lengths) for _ in range(length)]
         # on a real device even if the weights are not, so that weights can be put in place later
         self.register_buffer("step_of_token_L", torch.tensor(steps, device="cpu"), persistent=False)
+        self._before_attention, self._after_attention = cached_queries, Block.after_attention
         self.init_weights()
 
     @property
@@ -98,19 +99,38 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def start_cache(self, labels_B: Tensor) -> KVCache:
         """Prepare step-by-step inference for a batch of classes; `config.num_classes` stands for no class."""
-        config, dtype = self.config, self._compute_dtype()
         condition_BC = self.embed_labels(labels_B)
-        shape = (labels_B.shape[0], config.num_heads, config.seq_len, config.head_width)
-        layers = [
-            LayerCache(*(torch.empty(shape, dtype=dtype, device=labels_B.device) for _ in range(2)))
-            for _ in self.blocks
-        ]
         condition, head_modulation = self._modulate(condition_BC)
-        return KVCache(layers, condition_BC, [block.modulate(condition) for block in self.blocks], head_modulation)
+        modulations = [block.modulate(condition) for block in self.blocks]
+        return KVCache(self._empty_layers(len(labels_B)), condition_BC, modulations, head_modulation)
+
+    def _empty_layers(self, batch: int) -> list[LayerCache]:
+        """Return each block's room for keys and values.
+
+        Those of the last step are read once, by their own block. They take the place of what the block before has stored,
+        which nobody reads any more then: so there is room for them in one block alone, a third of all at 256 px.
+        """
+        config = self.config
+        earlier = config.seq_len - config.step_lengths[-1]
+        room = (batch, config.num_heads, config.depth * earlier + config.step_lengths[-1], config.head_width)
+        keys, values = (torch.empty(room, dtype=self._compute_dtype(), device=self.positions.device) for _ in range(2))
+        starts = [earlier * (config.depth - 1 - index) for index in range(config.depth)]
+        return [
+            LayerCache(keys.narrow(2, start, config.seq_len), values.narrow(2, start, config.seq_len))
+            for start in starts
+        ]
+
+    def compile_steps(self) -> None:
+        """Let torch.compile fuse what blocks do before and after attention, step by step.
+
+        One block is compiled for all, for steps of one token and for longer ones.
+        """
+        self._before_attention = torch.compile(cached_queries)
+        self._after_attention = torch.compile(Block.after_attention)
 
     @torch.no_grad()
     def step(self, x_BlZ: Tensor | None, cache: KVCache) -> Tensor:
-        """Return the logits (B, l, V), float32, of the next step, and advance `cache` past it.
+        """Return the logits (B, l, V) of the next step, in the precision of products, and advance `cache` past it.
 
         x_BlZ: what the order made of the codes so far; None at the first step, which reads the class alone.
         """
@@ -120,12 +140,14 @@ class Transformer(nn.Module):
         else:
             check_shape("x", x_BlZ, (cache.condition_BC.shape[0], length, self.config.code_channels))
             x = self._project(x_BlZ)
-        x = (x + self._embed_positions(cache.position, cache.position + length)).to(self._compute_dtype())
+        start, end = cache.position, cache.position + length
+        x = (x + self._embed_positions(start, end)).to(self._compute_dtype())
         for block, modulation, layer in zip(self.blocks, cache.modulations, cache.layers, strict=True):
-            x = block(x, modulation, None, layer, cache.position)
-        cache.step += 1
-        cache.position += length
-        return self.head(modulated_norm(x, *cache.head_modulation, self.config.norm_eps))
+            q = self._before_attention(block, x, modulation, *layer.place(start, length))
+            seen = attend_by_step(q, *layer.until(end), (length,), block.attention.softmax_scale)
+            x = self._after_attention(block, x, seen, modulation)
+        cache.step, cache.position = cache.step + 1, end
+        return linear(self.output_projection, modulated_norm(x, *cache.head_modulation, self.config.norm_eps))
 
     # -- parts of both -------------------------------------------------------------------------------------------
 
