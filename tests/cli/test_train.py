@@ -168,3 +168,28 @@ def test_a_terminated_run_exits_with_75_and_goes_on(place):
     step = json.loads((place / "runs" / "d2" / "latest.json").read_text())["checkpoint"]
     result = train("--depth", "2", "--steps", str(int(step.removeprefix("step-")) + 2))
     assert result.exit_code == 0, result.stderr
+
+
+def test_a_run_is_fine_tuned_by_name_and_goes_on(place):
+    assert train("--depth", "2", "--steps", "2", "--name", "first").exit_code == 0
+    options = [
+        "train",
+        "--batch-size",
+        "8",
+        "--device",
+        "cpu",
+        "--set",
+        "sample_every=0",
+        "--set",
+        "frozen=blocks:1-1,head",
+    ]
+    started = runner.invoke(app, [*options, "--steps", "2", "--init-from", "first", "--lr", "1e-3"])
+    assert started.exit_code == 0, started.stderr
+    assert "starts from runs/first/transformer, which knows 3 of the 3 classes" in started.stderr
+    assert "stay as they are: blocks:1-1, head" in started.stderr
+    config = json.loads((place / "runs" / "first-tuned" / "config.json").read_text())["config"]
+    assert (config["depth"], config["width"], config["frozen"]) == (2, 32, ["blocks:1-1", "head"])
+    again = runner.invoke(app, [*options, "--steps", "3", "--init-from", "first"])
+    assert again.exit_code == 0 and "going on from step 2" in again.stderr, again.stderr
+    refused = runner.invoke(app, [*options, "--init-from", "frist"])
+    assert refused.exit_code == 1 and "unknown transformer `frist`" in refused.stderr

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from toy_codes import write_codes
+from toy_runs import TINY, StopAfter, losses, train
 
 from varcli.artifacts.verify import read_manifest
 from varcli.artifacts.write import write_bytes
@@ -27,35 +26,6 @@ from varcli.training.transformer_trainer import TransformerTrainer
 from varcli.transformer.store import load_transformer
 
 CPU = torch.device("cpu")
-TINY = TrainConfig(
-    depth=2,
-    width=32,
-    num_heads=2,
-    steps=12,
-    batch_size=8,
-    micro_batch_size=5,
-    warmup_steps=2,
-    learning_rate=3e-3,
-    schedule="lin0",
-    final_learning_rate=0.1,
-    weight_decay=0.05,
-    final_weight_decay=0.05,
-    dropout=0.1,
-    drop_path=0.1,
-    shared_adaln=False,
-    ema_decay=0.9,
-    keep_best=False,
-    precision="fp32",
-    log_every=1,
-    validate_every=5,
-    sample_every=0,
-    save_every=4,
-    tensorboard=False,
-)
-
-
-def train(codes: Path, out: Path, tokenizer: Path, config: TrainConfig = TINY, **options):
-    return train_transformer(codes, out, config, tokenizer=tokenizer, device="cpu", **options)
 
 
 def make_trainer(codes: Path, tokenizer: Path, config: TrainConfig) -> TransformerTrainer:
@@ -63,22 +33,6 @@ def make_trainer(codes: Path, tokenizer: Path, config: TrainConfig) -> Transform
     source = CodesSource(cache.load("train"), config.batch_size, config.seed, CPU)
     held_out = CodesSource(cache.load("val"), config.batch_size, config.seed, CPU)
     return TransformerTrainer(config, load_tokenizer(tokenizer), source, held_out, classes=cache.classes, device=CPU)
-
-
-def losses(run: Path) -> list[tuple]:
-    return [(line["step"], line["loss"].hex(), line["gradient_norm"].hex()) for line in read_log(run, "train")]
-
-
-class StopAfter:
-    """An on_step that interrupts the run once so many steps are done."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def __call__(self, report) -> None:
-        if report.done == self.step and report.values and self.step:
-            self.step = 0
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_resuming_equals_never_stopping(tmp_path, codes, tokenizer_folder):

@@ -29,7 +29,12 @@ def train(
         ),
     ] = None,
     name: Annotated[
-        str | None, Option("--name", help="Name of the run below runs/; default: d and the depth.", show_default=False)
+        str | None,
+        Option(
+            "--name",
+            help="Name of the run below runs/; default: d and the depth, or the name of --init-from and -tuned.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         Path | None, Option("--out", "-o", help="Run folder, in place of a name below runs/.", show_default=False)
@@ -50,6 +55,14 @@ def train(
         Option(
             "--tokenizer",
             help="Tokenizer, model or run folder that wrote the codes; default: found by its fingerprint.",
+            show_default=False,
+        ),
+    ] = None,
+    init_from: Annotated[
+        str | None,
+        Option(
+            "--init-from",
+            help="Run or model to start from, as released or own; its classes may be others.",
             show_default=False,
         ),
     ] = None,
@@ -89,12 +102,14 @@ def train(
     }
     values = collect_settings(config, set_, options)
     settings = configs.from_dict(TrainConfig, values)
-    folder = out or Path("runs") / (name or f"d{settings.depth}")
+    default = f"d{settings.depth}" if init_from is None else f"{_model_name(Path(init_from))}-tuned"
+    folder = out or Path("runs") / (name or default)
     result = train_transformer(
         codes,
         folder,
         settings,
         tokenizer=tokenizer,
+        init_from=init_from,
         device=device,
         resume=resume,
         given=values.keys(),
@@ -137,6 +152,11 @@ def describe_plan(plan: TrainPlan, folder: Path) -> str:
         f"{console.format_seconds(plan.seconds)} for {left:,} steps",
     ]
     return "\n".join([*lines, *(f"note      {note}" for note in plan.notes)])
+
+
+def _model_name(given: Path) -> str:
+    """What people call the model behind a path: the folder that holds `transformer/`."""
+    return (given.parent if given.name == "transformer" else given).absolute().name
 
 
 def _evaluate(request: SampleRequest, count: int) -> Mapping[str, float]:

@@ -51,6 +51,7 @@ def find_parent(
         if found != known:
             begun = f"from the {kind} {known}" if known else "without --init-from"
             raise ConfigError(
-                f"`{run.path}` was begun {begun}, but `{init_from}` is {found}", "choose another --out for a new run"
+                f"`{run.path}` was begun {begun}, but `{init_from}` is {found}",
+                "choose another --out for a new run, or leave out --init-from to go on with this one",
             )
     return None if known is None or run.config is None else remember(known, run.config)

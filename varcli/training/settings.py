@@ -60,6 +60,7 @@ class TrainConfig:
     dropout: float | None = None  # on attention and feed-forward outputs
     drop_path: float | None = None  # chance to skip a branch of the last block; None is 0.1 * depth / 24
     ema_decay: float | None = None  # of the averaged weights that are sampled from; 0 turns the average off
+    frozen: tuple[str, ...] = ()  # parts that stay as --init-from gave them: classes, embeddings, blocks[:1-8], head
     keep_best: bool | None = None  # sample from the weights of the best validation; None is where images are few
     seed: int = 0  # of weights, order, dropouts
     precision: str = "auto"  # auto, fp32, bf16 or fp16; auto is bf16 on CUDA and fp32 elsewhere

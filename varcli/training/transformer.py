@@ -21,10 +21,12 @@ from varcli.tokenizer.find import find_tokenizer, tokenizer_folder
 from varcli.tokenizer.store import KIND as TOKENIZER_KIND
 from varcli.tokenizer.store import load_tokenizer
 from varcli.training.loop import memory_limits, run_training
+from varcli.training.parent import find_parent
 from varcli.training.plan import TrainPlan
 from varcli.training.run import copy_artifact, open_run
 from varcli.training.settings import FREE, TrainConfig, resolve
 from varcli.training.source import CodesSource
+from varcli.training.transformer_parent import read_parent, remember_parent
 from varcli.training.transformer_trainer import OnEvaluate, OnSamples, SampleRequest, TransformerTrainer
 from varcli.transformer.store import KIND
 
@@ -52,6 +54,7 @@ def train_transformer(
     config: TrainConfig | None = None,
     *,
     tokenizer: Path | str | None = None,
+    init_from: Path | str | None = None,
     device: str = "auto",
     resume: str = "auto",
     given: Collection[str] | None = None,
@@ -63,6 +66,8 @@ def train_transformer(
     """Train a transformer on a codes cache, into a run folder that can be sampled from; go on with a run begun there.
 
     codes: written by `varcli tokenize`. tokenizer: the one that wrote them, None looks for it by its fingerprint.
+    init_from: a run, model or transformer folder whose architecture and weights a new run begins with; its classes may be
+    others (`varcli.training.transformer_parent.load_parent`).
     resume: "auto", "last-good" after damage, or "never". given: names of settings that a resumed run must have been begun
     with, None means those that are not at their defaults; it keeps the others. on_plan: told once, before the first step.
     on_samples: draws the picture for samples/. on_evaluate: measures samples every `eval_every` steps. Sets torch's
@@ -74,17 +79,21 @@ def train_transformer(
     cache = CodesCache.open(codes)
     source_folder = _choose_tokenizer(cache, Path(out), tokenizer)
     with open_run(out, resume) as run, _fast_matmul(where):
-        inputs = {"codes": cache.manifest.digest, "tokenizer": cache.tokenizer}
+        parent = find_parent(run, init_from, KIND, read_parent, remember_parent)
+        origin = {} if parent is None else {"init_from": parent.fingerprint}
+        inputs = {"codes": cache.manifest.digest, "tokenizer": cache.tokenizer, **origin}
         run.require_inputs(KIND, inputs)
         train, validation = _load_splits(cache)
         config = config or TrainConfig()
+        given = configs.changed(config) if given is None else given
+        inherited = {} if parent is None else parent.settings(given)
         config = resolve(
             config,
             num_images=len(train.sources.unique()),
             has_validation=validation is not None,
             device_type=where.type,
             precision=precision_name(resolve_precision(config.precision, where)),
-            stored=run.config,
+            stored={**(run.config or {}), **inherited},
             given=given,
         )
         is_finished = run.is_finished(config.steps)
@@ -99,6 +108,7 @@ def train_transformer(
             on_evaluate=on_evaluate,
             images=cache.info.get("source"),
             on_step=on_step,
+            parent=parent,
         )
         if not is_finished:
             num_saves = config.keep_checkpoints + 1 if run.checkpoint is None else 1
@@ -110,7 +120,8 @@ def train_transformer(
         run.settle(KIND, configs.to_dict(config), inputs, FREE)  # only now, so that what cannot be leaves no trace
         if not run.holds(TOKENIZER_KIND, TOKENIZER_KIND):
             copy_artifact(source_folder, run.path / TOKENIZER_KIND, TOKENIZER_KIND)
-        info = {"codes": cache.manifest.digest, "images": trainer.source.num_images, "source": cache.info.get("source")}
+        info = {"codes": cache.manifest.digest, "images": trainer.source.num_images, **origin}
+        info["source"] = cache.info.get("source")
         result = run_training(trainer, run, config.loop(), on_step, info)
     return TrainResult(
         folder=Path(out),

@@ -18,6 +18,7 @@ from varcli.order import ScaleOrder
 from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer import VQVAE
 from varcli.training.ema import Ema
+from varcli.training.frozen import learn
 from varcli.training.objective import NUMBERS, Objective
 from varcli.training.optim import LossScale, Updater, build_adamw
 from varcli.training.plan import TrainPlan, activation_bytes, fit_micro_batch, process_bytes, state_bytes, time_once
@@ -26,6 +27,7 @@ from varcli.training.settings import TrainConfig
 from varcli.training.source import CodesSource
 from varcli.training.state import Parts, undisturbed
 from varcli.training.trainer import Trainer
+from varcli.training.transformer_parent import TransformerParent, begin
 from varcli.transformer import Transformer, drop_branches, drop_labels
 from varcli.transformer.store import KIND, save_transformer
 
@@ -54,7 +56,7 @@ class TransformerTrainer(Trainer):
 
     config: resolved. source, validation: what to learn from and to measure on; None holds nothing out. classes: names
     by index. on_samples: draws pictures. on_evaluate: measures samples, of images that
-    learned from `images`. on_step: told if torch.compile has to be left out.
+    learned from `images`. on_step: told if torch.compile has to be left out. parent: what the weights start from.
     """
 
     published = KIND
@@ -72,6 +74,7 @@ class TransformerTrainer(Trainer):
         on_evaluate: OnEvaluate | None = None,
         images: str | None = None,
         on_step: OnStep = ignore,
+        parent: TransformerParent | None = None,
     ) -> None:
         self.config, self.tokenizer, self.source, self.validation = config, tokenizer, source, validation
         self.classes, self.device, self.on_samples, self.on_step = classes, device, on_samples, on_step
@@ -86,7 +89,10 @@ class TransformerTrainer(Trainer):
         )
         torch.manual_seed(config.seed)
         # drawn on the CPU, so that a seed means the same weights on every device
-        self.model = Transformer(self.model_config).to(device).train()
+        self.model = Transformer(self.model_config)
+        self.frozen, self.start_notes = begin(self.model, parent, config.frozen, classes, tokenizer.fingerprint())
+        self.model.to(device)
+        learn(self.model, self.frozen)
         self.average = Ema(self.model, config.ema_decay) if config.ema_decay else None
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.dtype = resolve_precision(config.precision, device)
@@ -213,7 +219,7 @@ class TransformerTrainer(Trainer):
             with self.average.swapped() if self.average is not None else contextlib.nullcontext():
                 yield
         finally:
-            self.model.train()
+            learn(self.model, self.frozen)
 
     # -- before the start ----------------------------------------------------------------------------------------
 
@@ -278,7 +284,7 @@ class TransformerTrainer(Trainer):
         return self.model.num_parameters * (16 if self.average is not None else 12)
 
     def _notes(self) -> tuple[str, ...]:
-        notes = []
+        notes = list(self.start_notes)
         if self.validation is None:
             notes.append("the codes have no val split: nothing is held out, so overfitting would not be seen")
         if self.model.num_parameters > 20 * self.source.num_images * self.order.seq_len:
