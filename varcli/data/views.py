@@ -6,6 +6,7 @@ Each view is a pure function of (seed, image path, view number), so neither work
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from varcli.data.decode import MAX_PIXELS, UnusableImage
+from varcli.data.resizing import resize_part
 from varcli.errors import ConfigError
 
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # luma and chroma of NTSC
@@ -79,11 +81,7 @@ def prepare(image: Image.Image, config: DecodeConfig) -> Image.Image:
         square = Image.new("RGB", (config.size, config.size), config.fill)
         square.paste(image, ((config.size - target[0]) // 2, (config.size - target[1]) // 2))
         return square
-    short = round(config.resize_ratio * config.size)
-    # the longer edge is cut to a whole number, not rounded: as torchvision's Resize, which VAR uses
-    if width <= height:
-        return _resize(image, (short, int(short * height / width)), config)
-    return _resize(image, (int(short * width / height), short), config)
+    return _resize(image, _resized(image.size, config), config)
 
 
 def cut_view(prepared: Image.Image, config: DecodeConfig, path: str, view: int, flip: bool) -> np.ndarray:
@@ -92,18 +90,53 @@ def cut_view(prepared: Image.Image, config: DecodeConfig, path: str, view: int, 
     flip: whether its class is one of flip_classes. Returns uint8 (3, size, size).
     """
     random = _generator(config.seed, path, view)
-    width, height = prepared.size
-    size = config.size
-    if config.crop == "none":
-        if config.augment == "shift" and view > 0:
-            prepared = _shift(prepared, config, random)
-    elif config.crop == "center":
-        # rounded half to even, as torchvision's CenterCrop
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        prepared = prepared.crop((left, top, left + size, top + size))
-    elif config.crop == "random":
-        left, top = int(random.integers(width - size + 1)), int(random.integers(height - size + 1))
-        prepared = prepared.crop((left, top, left + size, top + size))
+    if config.crop == "none" and config.augment == "shift" and view > 0:
+        prepared = _shift(prepared, config, random)
+    elif config.crop in ("center", "random"):
+        left, top = _corner(prepared.size, config, random)
+        prepared = prepared.crop((left, top, left + config.size, top + config.size))
+    return _finish(prepared, config, view, flip, random)
+
+
+def cut_views(
+    image: Image.Image, config: DecodeConfig, path: str, views: Sequence[int], flip: bool
+) -> list[np.ndarray]:
+    """Make views of an RGB image: what `prepare` and `cut_view` give, and sooner where one is cut from a larger picture.
+
+    Raises UnusableImage as `prepare`.
+    """
+    if len(views) == 1 and config.crop in ("center", "random"):
+        target = _resized(image.size, config)
+        _require_resizable(image, target, config)
+        random = _generator(config.seed, path, views[0])
+        part = resize_part(image, target, _corner(target, config, random), config.size)
+        return [_finish(part, config, views[0], flip, random)]
+    prepared = prepare(image, config)
+    return [cut_view(prepared, config, path, view, flip) for view in views]
+
+
+def _resized(size: tuple[int, int], config: DecodeConfig) -> tuple[int, int]:
+    """Width and height of an image before it is cropped."""
+    width, height = size
+    short = round(config.resize_ratio * config.size)
+    # the longer edge is cut to a whole number, not rounded: as torchvision's Resize, which VAR uses
+    if width <= height:
+        return short, int(short * height / width)
+    return int(short * width / height), short
+
+
+def _corner(resized: tuple[int, int], config: DecodeConfig, random: np.random.Generator) -> tuple[int, int]:
+    """Left and top of the square that is cut."""
+    left, top = (side - config.size for side in resized)
+    if config.crop == "center":
+        return round(left / 2), round(top / 2)  # rounded half to even, as torchvision's CenterCrop
+    return int(random.integers(left + 1)), int(random.integers(top + 1))
+
+
+def _finish(
+    prepared: Image.Image, config: DecodeConfig, view: int, flip: bool, random: np.random.Generator
+) -> np.ndarray:
+    """Mirror and recolour a square, and turn it into uint8 (3, size, size)."""
     is_plain = view == 0 and config.crop != "random"
     if flip and not is_plain and random.random() < 0.5:
         prepared = prepared.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -116,9 +149,13 @@ def cut_view(prepared: Image.Image, config: DecodeConfig, path: str, view: int, 
 def _resize(image: Image.Image, target: tuple[int, int], config: DecodeConfig) -> Image.Image:
     if image.size == target:
         return image
-    if target[0] * target[1] > config.max_pixels:
-        raise UnusableImage(f"{image.width} x {image.height} is too long and thin to resize")
+    _require_resizable(image, target, config)
     return image.resize(target, Image.Resampling.LANCZOS)
+
+
+def _require_resizable(image: Image.Image, target: tuple[int, int], config: DecodeConfig) -> None:
+    if image.size != target and target[0] * target[1] > config.max_pixels:
+        raise UnusableImage(f"{image.width} x {image.height} is too long and thin to resize")
 
 
 def _shift(image: Image.Image, config: DecodeConfig, random: np.random.Generator) -> Image.Image:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from varcli.config import from_dict
 from varcli.data.decode import UnusableImage, load_image
-from varcli.data.views import DecodeConfig, cut_view, prepare
+from varcli.data.views import DecodeConfig, cut_views
 
 _LENGTHS = struct.Struct("<IQ")
 
@@ -44,13 +44,13 @@ def run_task(task: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], np.ndarr
                 image, notes = load_image(Path(task["root"], path), config.max_pixels)
             else:
                 image, notes = Image.fromarray(pixels[number]).convert("RGB"), ["grey"]
-            prepared = prepare(image, config)
+            found = cut_views(image, config, path, wanted, flip)
         except UnusableImage as reason:
             skipped.append((number, str(reason)))
             continue
         if notes:
             converted.append((number, notes))
-        views.extend(cut_view(prepared, config, path, view, flip) for view in wanted)
+        views.extend(found)
         rows.extend((number, view) for view in wanted)
     header = {"rows": rows, "skipped": skipped, "notes": converted}
     stacked = np.stack(views) if views else np.empty((0, 3, config.size, config.size), np.uint8)
