@@ -19,14 +19,15 @@ from varcli.errors import ArtifactError, LockedError
 
 LOCK_NAME = ".lock"
 _OWNER_NAME = ".lock-owner.json"
+_PATIENCE = 0.2  # seconds: longer than `is_locked` of another process holds a lock it found free
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold `folder` for writing. Raises LockedError at once, naming the holder, if another process has it."""
+    """Hold `folder` for writing. Raises LockedError, naming the holder, if another process has it."""
     lock = FileLock(folder / LOCK_NAME)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_PATIENCE)
     except Timeout:
         raise LockedError(
             f"`{folder}` is being written by {_owner(folder)}", "wait for it, stop it, or choose another --out"
@@ -63,6 +64,22 @@ def hold_folder(folder: Path, signs: Collection[str], what: str) -> Iterator[Non
             if is_new and not _contents(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # nothing came of it
             raise
+
+
+def is_locked(folder: Path) -> bool:
+    """Say whether a process holds `folder` for writing now. Changes nothing; a lock that cannot be tried counts as free."""
+    path = folder / LOCK_NAME
+    lock = FileLock(path)
+    try:
+        if path.is_file():
+            lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:  # not ours to open
+        return False
+    finally:
+        lock.release()
+    return False
 
 
 def _contents(folder: Path) -> list[str]:

@@ -34,15 +34,17 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines log, dropping a torn last line. A missing file is an empty log."""
+    """Read a JSON-lines log of objects, dropping a torn last line. A missing file is an empty log."""
     if not path.exists():
         return []
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue  # a crash can tear the line that was being appended
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 

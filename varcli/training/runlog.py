@@ -14,9 +14,11 @@ from typing import Any
 
 from varcli.artifacts.verify import read_json_lines
 from varcli.artifacts.write import append_json_line, write_text
+from varcli.data.runs import LOG_NAME, read_log
 from varcli.errors import ArtifactError
 
-LOG_NAME = "metrics.jsonl"
+__all__ = ["LOG_NAME", "TENSORBOARD_NAME", "RunLog", "read_log"]
+
 TENSORBOARD_NAME = "tensorboard"
 
 
@@ -71,11 +73,6 @@ class RunLog:
         """Flush what TensorBoard still holds."""
         if self.writer is not None:
             self.writer.close()
-
-
-def read_log(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Read a run's metrics, or only the lines of one kind. A torn last line is left out."""
-    return [record for record in read_json_lines(run / LOG_NAME) if kind is None or record.get("kind") == kind]
 
 
 def _open_tensorboard(folder: Path, resume_step: int) -> Any:
