@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from varcli.errors import ArtifactError
-from varcli.report.curves import CURVES_NAME, discriminator_start, draw_curves, log_ticks, plot_records, ticks_of
+from varcli.report.curves import CURVES_NAME, discriminator_start, draw_curves, plot_records
+from varcli.report.plots import log_ticks, ticks_of
 
 
 def tokenizer_log(scales: int = 3) -> list[dict]:

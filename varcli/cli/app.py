@@ -65,6 +65,7 @@ COMMANDS = {
     "info": Command("info:info", "Models"),
     "sweep": Command("sweep:sweep", "Measure"),
     "reference build": Command("reference:build", "Measure"),
+    "runs": Command("runs:runs", "Measure"),
     "curves": Command("curves:curves", "Measure"),
     "bench": Command("bench:bench", "Measure"),
 }

@@ -174,8 +174,14 @@ def _weights(folder: Path, manifest: Manifest) -> Facts:
     if "weights.safetensors" not in manifest.files:
         return {}
     header = read_tensor_header(folder / "weights.safetensors")
-    weights = {name: entry for name, entry in header.items() if not name.endswith("usage_KV")}  # counts, no weights
-    return {"parameters": _count(weights), "stored_as": _dtypes(header)}
+    return {"parameters": count_weights(header), "stored_as": _dtypes(header)}
+
+
+def count_weights(header: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Count the weights of a model's file, by its header as `read_tensor_header` returns it."""
+    return _count(
+        {name: entry for name, entry in header.items() if not name.endswith("usage_KV")}
+    )  # counts, no weights
 
 
 def _describe_model(folder: Path, parts: tuple[Description, ...]) -> Description:
