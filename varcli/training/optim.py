@@ -28,15 +28,18 @@ from varcli.training.parallel import average_gradients
 from varcli.training.schedules import Schedule
 
 
-def parameter_groups(module: nn.Module, undecayed: Collection[str] | None = None) -> list[dict]:
+def parameter_groups(
+    module: nn.Module, undecayed: Collection[str] | None = None, without: Collection[str] = ()
+) -> list[dict]:
     """Split a module's trainable parameters for an optimizer: not decayed first, decayed second; empty groups are left out.
 
     undecayed: names that weight decay leaves alone; None takes biases and all that have fewer than two dimensions.
+    without: names that are not this optimizer's.
     """
     kept: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and name not in without:
             plain = parameter.ndim < 2 or name.endswith("bias")
             alone = plain if undecayed is None else name in undecayed
             (kept if alone else decayed).append(parameter)
@@ -49,9 +52,10 @@ def build_adamw(
     undecayed: Collection[str] | None = None,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
+    without: Collection[str] = (),
 ) -> torch.optim.AdamW:
     """AdamW in one fused kernel over `parameter_groups`; learning rate and decay come from a Schedule, step by step."""
-    return torch.optim.AdamW(parameter_groups(module, undecayed), lr=0.0, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(parameter_groups(module, undecayed, without), lr=0.0, betas=betas, eps=eps, fused=True)
 
 
 class LossScale:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from varcli import config as configs
-from varcli.errors import ConfigError
+from varcli.errors import ConfigError, unknown_name
 from varcli.training.loop import LoopConfig
+from varcli.training.muon import OPTIMIZERS
 from varcli.training.recipes import choose_recipe
 from varcli.training.run import keep_stored
 from varcli.training.schedules import Schedule, find_shape
@@ -48,6 +49,7 @@ class TrainConfig:
     epochs: float | None = None  # passes over the images
     batch_size: int | None = None  # images an optimizer step
     micro_batch_size: int | None = None  # images at once, gradients added up to a batch; None is what fits in memory
+    optimizer: str = "adamw"  # or muon: of the blocks' matrices, with AdamW for the rest, at the same learning rate
     learning_rate: float | None = None  # peak
     warmup_steps: int | None = None  # optimizer steps of linear rise
     schedule: str | None = None  # lin0, lin, lin00, cos, exp, constant or lin<share>
@@ -102,6 +104,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be above 0, but is {value:g}")
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise ConfigError(f"grad_clip must be above 0, but is {self.grad_clip}", "none turns clipping off")
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown_name("optimizer", self.optimizer, OPTIMIZERS)
         if self.schedule is not None:
             find_shape(self.schedule)
 

@@ -19,8 +19,9 @@ from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer import VQVAE
 from varcli.training.ema import Ema
 from varcli.training.frozen import learn
+from varcli.training.muon import build_optimizer
 from varcli.training.objective import NUMBERS, Objective
-from varcli.training.optim import LossScale, Updater, build_adamw
+from varcli.training.optim import LossScale, Updater
 from varcli.training.plan import TrainPlan, activation_bytes, fit_micro_batch, process_bytes, state_bytes, time_once
 from varcli.training.recipes import choose_recipe
 from varcli.training.settings import TrainConfig
@@ -98,7 +99,7 @@ class TransformerTrainer(Trainer):
         self.dtype = resolve_precision(config.precision, device)
         loss_scale = LossScale(device) if self.dtype == torch.float16 else None
         self.updater = Updater(
-            build_adamw(self.model, self.model.undecayed_parameters()),
+            build_optimizer(config.optimizer, self.model, self.model.undecayed_parameters()),
             config.optimizer_schedule(),
             grad_clip=config.grad_clip,
             ema=self.average,
