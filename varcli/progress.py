@@ -22,3 +22,15 @@ OnStep = Callable[[Step], None]
 
 def ignore(step: Step) -> None:
     """The default `on_step`: report nothing."""
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration for people: `8s`, `3m05s`, `2h10m`, `4d03h`."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    if seconds < 86400:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"

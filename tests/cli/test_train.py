@@ -72,10 +72,13 @@ def test_run_again_it_goes_on_with_its_own_settings(place):
     [
         (["--depth", "3", "--name", "first"], 1, "depth was 2, now 3"),
         (["--set", "label_dropout=0.2", "--name", "first"], 1, "label_dropout was 0.1, now 0.2"),
+        (["--set", "optimizer=muon", "--lr", "1", "--name", "first"], 1, "optimizer was adamw, now muon"),
         (["--name", "first", "--resume", "never"], 1, "holds a run already"),
         (["--name", "first", "--resume", "newest"], 1, "unknown resume mode"),
         (["--name", "first", "--out", "runs/other"], 1, "both say where"),
         (["--set", "lerning_rate=1"], 1, "learning_rate"),
+        (["--config", "misspelt.toml"], 1, "weight_decay"),
+        (["--set", "optimizer=moun"], 1, "muon"),
         (["--set", "learning_rate=fast"], 1, "takes float"),
         (["--steps", "0"], 1, "steps must be at least 1"),
         (["--precision", "fp8"], 1, "unknown precision"),
@@ -97,6 +100,7 @@ def test_run_again_it_goes_on_with_its_own_settings(place):
     ],
 )
 def test_bad_input_gets_one_clear_error(place, arguments, code, words):
+    (place / "misspelt.toml").write_text("wieght_decay = 0.1\n")
     if "first" in arguments:
         assert train("--depth", "2", "--steps", "2", "--name", "first").exit_code == 0
     result = train(*arguments)

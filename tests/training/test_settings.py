@@ -8,8 +8,10 @@ import torch
 from varcli import config as configs
 from varcli.devices import resolve_precision
 from varcli.errors import ConfigError
+from varcli.scales import NAMED_SCHEDULES, PatchNums
 from varcli.training.recipes import PAPER_RECIPES, PRESETS, choose_recipe
 from varcli.training.settings import FREE, TrainConfig, resolve
+from varcli.transformer import Transformer
 
 IMAGENET = 1_281_167
 
@@ -43,6 +45,24 @@ def test_depth_alone_gives_the_papers_recipe(depth, batch_size, epochs, learning
     assert (model.width, model.num_heads, model.init_adaln_gamma) == (64 * depth, depth, gates)
     assert model.shared_adaln == (depth == 36)
     assert model.drop_path == pytest.approx(0.1 * depth / 24)
+
+
+@pytest.mark.parametrize(
+    ("depth", "schedule", "num_parameters"),
+    [
+        (16, "256", 310_283_520),
+        (20, "256", 600_917_136),
+        (24, "256", 1_033_399_360),
+        (30, "256", 2_010_020_356),
+        (36, "512", 2_353_893_904),
+    ],
+)
+def test_depth_alone_gives_the_papers_model_at_its_resolution(depth, schedule, num_parameters):
+    scales = PatchNums(NAMED_SCHEDULES[schedule])
+    data = {"step_lengths": scales.step_lengths, "vocab_size": 4096, "code_channels": 32, "num_classes": 1000}
+    with torch.device("meta"):
+        model = Transformer(resolved(TrainConfig(depth=depth)).transformer(**data))
+    assert model.num_parameters == num_parameters  # as the released models have, the 512 px one with shared modulation
 
 
 def test_small_depths_take_a_preset_by_device():

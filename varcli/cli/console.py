@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from varcli.progress import OnStep, Step
+from varcli.progress import OnStep, Step, format_seconds
 
 _LINE_EVERY = 5.0  # seconds between progress lines where there is no terminal
 _HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -87,18 +87,6 @@ def close_progress() -> None:
     """Take the running bar, if there is one, off the terminal's last line."""
     if _Bar.running is not None:
         _Bar.running.stop()
-
-
-def format_seconds(seconds: float) -> str:
-    """Write a duration for people: `8s`, `3m05s`, `2h10m`, `4d03h`."""
-    seconds = max(0, round(seconds))
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    if seconds < 86400:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
 
 
 def format_values(values: dict[str, float]) -> str:

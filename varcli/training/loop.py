@@ -35,6 +35,7 @@ from varcli.errors import ConfigError, InterruptedRun, MemoryLimitError, Numeric
 from varcli.progress import OnStep, Step, ignore
 from varcli.training.checkpoint import checkpoint_name, load_checkpoint, save_checkpoint
 from varcli.training.meter import Meter, SkipPolicy
+from varcli.training.pace import Pace
 from varcli.training.run import RunFolder
 from varcli.training.runlog import RunLog
 from varcli.training.signals import StopRequest
@@ -155,6 +156,7 @@ class _Loop:
         trainer.parts.start_alike(self.world)
         self.log = RunLog(run.path, self.result.step, config.tensorboard, self._report) if run.world.is_first else None
         self.meter = Meter()
+        self.pace = Pace(trainer.batch_size, self.world.size, trainer.parts.device, trainer.planned_seconds)
         self.last_save = self.last_report = self.window_start = time.monotonic()
 
     def close(self) -> None:
@@ -185,6 +187,9 @@ class _Loop:
             stop.number, due["save"] = self.world.largest(stop.number, due["save"])
             if any(due.values()) or stop.number:
                 self._read()
+            measured = self.pace.note(config.steps - done)
+            if measured:
+                self._report(measured)
             if stop.number:
                 self._save(pending=[name for name in _LOOKS if due[name]])
                 raise InterruptedRun(
@@ -196,6 +201,7 @@ class _Loop:
             if due["save"]:
                 self._save()
             if any(due.values()):
+                self.pace.pause(time.monotonic() - self.window_start)
                 self.window_start = time.monotonic()
             elif time.monotonic() - self.last_report > _HEARTBEAT:
                 self._report()

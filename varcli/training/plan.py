@@ -74,6 +74,16 @@ def fit_micro_batch(batch_size: int, image_bytes: int, fixed_bytes: int, device:
     return even if 2 * even >= min(most, batch_size) else min(most, batch_size)
 
 
+def memory_hint(micro_batch_size: int, precision: str) -> str:
+    """What to change when training runs out of memory, the least harmful first."""
+    hints = []
+    if micro_batch_size > 1:
+        hints.append(f"--set micro_batch_size={micro_batch_size // 2} takes the same batch in smaller pieces")
+    if precision == "fp32":
+        hints.append("--precision bf16 halves what is kept")
+    return "; ".join(hints) or "one image at a time is too much already: use a smaller --depth, or a larger GPU"
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that training may use: what is free on a GPU, a third of the machine's elsewhere."""
     if device.type == "cuda":
@@ -96,14 +106,15 @@ def process_bytes() -> int:
 
 def time_once(work: Callable[[], object], device: torch.device) -> float:
     """Seconds that `work` takes, the device's own time included."""
-    _wait(device)
+    wait_for(device)
     start = time.monotonic()
     work()
-    _wait(device)
+    wait_for(device)
     return time.monotonic() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -25,6 +25,7 @@ class Trainer:
     batch_size: int
     published: str
     shown: tuple[str, ...] = ("loss", "accuracy")
+    planned_seconds: float | None = None  # a step takes, as far as was known before the first
     memory_hint: str = "use a smaller --batch-size"
     numeric_hint: str = SkipPolicy.hint  # what to change when the loss is no longer a number
 

@@ -22,7 +22,15 @@ from varcli.training.frozen import learn
 from varcli.training.muon import build_optimizer
 from varcli.training.objective import NUMBERS, Objective
 from varcli.training.optim import LossScale, Updater
-from varcli.training.plan import TrainPlan, activation_bytes, fit_micro_batch, process_bytes, state_bytes, time_once
+from varcli.training.plan import (
+    TrainPlan,
+    activation_bytes,
+    fit_micro_batch,
+    memory_hint,
+    process_bytes,
+    state_bytes,
+    time_once,
+)
 from varcli.training.recipes import choose_recipe
 from varcli.training.settings import TrainConfig
 from varcli.training.source import CodesSource
@@ -117,10 +125,7 @@ class TransformerTrainer(Trainer):
         self.micro_batch_size = self._choose_micro_batch()
         if self.is_compiled:
             self.objective.compile(with_graphs=self._wants_graphs())
-        self.memory_hint = (
-            f"--set micro_batch_size={max(1, self.micro_batch_size // 2)} takes the same batch in smaller pieces; "
-            "--precision bf16 halves what is kept"
-        )
+        self.memory_hint = memory_hint(self.micro_batch_size, config.precision)
 
     # -- what the loop calls -------------------------------------------------------------------------------------
 
@@ -257,6 +262,7 @@ class TransformerTrainer(Trainer):
         memory_bytes += 8 * self.model.num_parameters  # the moments come with the first step
         memory_bytes += (self.micro_batch_size - images) * self._image_bytes()
         steps_left = self.config.steps - start_step
+        self.planned_seconds = seconds * self.batch_size / images
         return TrainPlan(
             recipe=choose_recipe(self.config.depth, self.device.type).name,
             device=torch.cuda.get_device_name(self.device) if on_cuda else self.device.type,
@@ -276,7 +282,7 @@ class TransformerTrainer(Trainer):
             micro_batch_size=self.micro_batch_size,
             learning_rate=self.config.learning_rate,
             memory_bytes=memory_bytes,
-            seconds=steps_left * seconds * self.batch_size / images,
+            seconds=steps_left * self.planned_seconds,
             notes=self._notes(),
         )
 
