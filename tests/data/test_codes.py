@@ -115,9 +115,9 @@ from pathlib import Path
 sys.path[:0] = [sys.argv[3]]
 from test_codes import write
 threading.Thread(target=lambda: (time.sleep(float(sys.argv[4])), os.kill(os.getpid(), signal.SIGKILL)), daemon=True).start()
-import varcli.data.codes_writer as codes_writer
-slow = codes_writer.write_tensors
-codes_writer.write_tensors = lambda *arguments: (time.sleep(0.02), slow(*arguments))
+import varcli.data.codes_shards as shards
+slow = shards.write_tensors
+shards.write_tensors = lambda *arguments: (time.sleep(0.02), slow(*arguments))
 write(Path(sys.argv[1]), Path(sys.argv[2]), batch_size=1, shard_images=1)
 """
 
@@ -147,6 +147,7 @@ def test_a_cache_killed_at_any_moment_goes_on(tiny_images, tmp_path):
         ({"decode": {"train": DecodeConfig(size=8, seed=1), "val": DecodeConfig(size=8)}}, "crop or augmentation"),
         ({"views": {"train": 2, "val": 1}}, "views"),
         ({"shard_images": 5}, "shard_images"),
+        ({"precision": "bf16"}, "precision"),
     ],
 )
 @pytest.mark.parametrize("finished", [False, True])
@@ -157,6 +158,27 @@ def test_other_settings_are_not_mixed_into_a_cache(tiny_images, tmp_path, change
         write(tmp_path / "codes", tiny_images, **changes)
     assert "another --out" in caught.value.hint
     assert contents(tmp_path / "codes") == before
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_float32_is_not_mixed_into_a_cache_of_another_precision(tiny_images, tmp_path, finished):
+    write(tmp_path / "codes", tiny_images, None if finished else 1, precision="fp16")
+    before = contents(tmp_path / "codes")
+    with pytest.raises(ConfigError, match="precision differ"):
+        write(tmp_path / "codes", tiny_images)
+    assert contents(tmp_path / "codes") == before
+
+
+def test_a_cache_in_float32_does_not_name_its_precision_and_others_do(tiny_images, tmp_path):
+    assert "precision" not in write(tmp_path / "plain", tiny_images).info
+    assert write(tmp_path / "fast", tiny_images, precision="bf16").info["precision"] == "bf16"
+
+
+def test_notes_outlive_a_stop_and_reach_the_manifest(tiny_images, tmp_path):
+    plan, tree = make_plan(), open_images(tiny_images)
+    with CodesWriter(tmp_path / "codes", plan, tree) as writer:
+        writer.note("agreement", {"tokens": 0.5})
+    assert write(tmp_path / "codes", tiny_images).info["agreement"] == {"tokens": 0.5}
 
 
 def test_other_images_are_not_mixed_into_a_cache(tiny_images, tmp_path):

@@ -16,7 +16,7 @@ import torch
 
 import varcli
 from varcli.data.images import DecodeConfig, decode_images, open_images
-from varcli.data.stream import decode_pairs
+from varcli.data.stream import decode_pairs, decode_spans
 from varcli.errors import DataError
 
 
@@ -70,6 +70,18 @@ def test_chosen_images_and_views_are_those_of_the_whole(tiny_images):
     config = DecodeConfig(size=16, crop="random", seed=3)
     streamed = torch.cat([batch.images for batch in decode_pairs(tree, "train", config, chosen, 0, batch_size=3)])
     assert torch.equal(streamed, images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_end_where_a_span_ends_and_hold_what_each_span_alone_gives(tiny_images, workers):
+    tree, config = open_images(tiny_images), DecodeConfig(size=8, crop="random")
+    spans = [range(5), range(5, 6), range(6, 14)]
+    batches = list(decode_spans(tree, "train", config, spans, views=2, workers=workers, batch_size=6))
+    alone = [batch for span in spans for batch in decode_images(tree, "train", config, span, 2, 0, batch_size=6)]
+    assert [len(batch.images) for batch in batches] == [6, 4, 2, 6, 6, 4]
+    for batch, expected in zip(batches, alone, strict=True):
+        assert torch.equal(batch.images, expected.images)
+        assert batch.requested.tolist() == expected.requested.tolist()
 
 
 def test_an_endless_stream_can_be_left(tiny_images):

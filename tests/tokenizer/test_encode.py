@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
 
-from varcli.artifacts.verify import read_manifest
+from varcli.artifacts.verify import read_json_lines, read_manifest
+from varcli.data import codes_shards
 from varcli.data.codes import CodesCache
 from varcli.data.images import decode_images, open_images
 from varcli.data.views import DecodeConfig
 from varcli.errors import ArtifactError, ConfigError
 from varcli.progress import Step
+from varcli.tokenizer import encode
 from varcli.tokenizer.encode import tokenize
 from varcli.tokenizer.find import default_tokenizer, tokenizer_folder
 from varcli.tokenizer.store import load_tokenizer, save_tokenizer
@@ -117,3 +120,52 @@ def test_a_folder_named_by_mistake_stays_as_it_is(folder, tiny_images):
     with pytest.raises(ArtifactError, match="holds no codes cache"):
         tokenize(tiny_images, tiny_images, folder, workers=0, device="cpu")
     assert sorted(tiny_images.rglob("*")) == before
+
+
+def test_a_faster_precision_is_measured_told_kept_and_not_mixed(folder, tiny_images, tmp_path):
+    messages: list[str] = []
+
+    def listen(step: Step) -> None:
+        messages.extend([step.message] if step.message else [])
+
+    out = tmp_path / "codes"
+    result = tokenize(tiny_images, out, folder, workers=0, device="cpu", precision="bf16", batch_size=6, on_step=listen)
+    info = read_manifest(out, "codes").info
+    assert info["precision"] == "bf16" and info["agreement"] == result.agreement
+    assert result.agreement["images"] == 15 and 0.5 < result.agreement["tokens"] <= 1
+    told = [message for message in messages if "of tokens in bf16 are those of fp32" in message]
+    assert len(told) == 1 and told[0].startswith("warning") == (result.agreement["tokens"] < 0.995)
+    plain = tokenize(tiny_images, tmp_path / "plain", folder, workers=0, device="cpu")
+    assert plain.agreement is None and "precision" not in read_manifest(tmp_path / "plain", "codes").info
+    same = [CodesCache.open(place).load("train").codes.long() for place in (out, tmp_path / "plain")]
+    assert float((same[0] == same[1]).float().mean()) == pytest.approx(result.agreement["tokens"], abs=1e-5)
+    with pytest.raises(ConfigError, match="precision differ"):
+        tokenize(tiny_images, out, folder, workers=0, device="cpu")
+    again = tokenize(tiny_images, out, folder, workers=0, device="cpu", precision="bf16", on_step=listen)
+    assert again.agreement == result.agreement and len(messages) == 3  # not measured a second time
+
+
+def test_settings_that_cannot_be_are_refused_before_anything_is_made(folder, tiny_images, tmp_path):
+    with pytest.raises(ConfigError, match="precision"):
+        tokenize(tiny_images, tmp_path / "codes", folder, precision="tf32")
+    with pytest.raises(ConfigError, match="fp32"):
+        tokenize(tiny_images, tmp_path / "codes", folder, compile=True)
+    assert not (tmp_path / "codes").exists()
+
+
+def test_an_error_of_the_disk_leaves_what_was_finished(folder, tiny_images, tmp_path, monkeypatch):
+    plain = codes_shards.write_tensors
+    written = []
+
+    def write(path, tensors):
+        written.append(path.name)
+        if len(written) == 3:
+            raise ArtifactError("the disk is full")
+        plain(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(codes_shards, "write_tensors", write)
+        patch.setattr(encode, "CodesPlan", partial(codes_shards.CodesPlan, shard_images=4))
+        with pytest.raises(ArtifactError, match="full"):
+            tokenize(tiny_images, tmp_path / "codes", folder, workers=0, device="cpu", batch_size=2)
+    assert len(read_json_lines(tmp_path / "codes" / ".progress.jsonl")) == 2

@@ -19,6 +19,7 @@ from varcli.cli.options import (
     WorkersOption,
 )
 
+_COMPILE = {"auto": None, "on": True, "off": False}
 _MANY_IMAGES = 100_000  # from which the published sizes of transformers make sense
 
 
@@ -36,25 +37,46 @@ def tokenize(
     batch_size: BatchSizeOption = None,
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
+    precision: Annotated[
+        str, Option("--precision", help="fp32, or bf16 or fp16: faster, and a few codes are others, which is measured.")
+    ] = "fp32",
+    compile_: Annotated[
+        str, Option("--compile", help="on, off, or auto: torch.compile for bf16 and fp16 on CUDA and many images.")
+    ] = "auto",
     json: JsonOption = False,
 ) -> None:
-    """Turn images into codes, once, so that training need not."""
+    """Turn images into codes, once, so that training need not.
+
+    With several GPUs: torchrun --nproc-per-node 8 -m varcli tokenize ...; they
+    share the work, and the codes are those of one.
+    """
+    from varcli.distributed import join_world
+    from varcli.errors import unknown_name
+    from varcli.progress import ignore
     from varcli.tokenizer.encode import tokenize as run
 
-    result = run(
-        images,
-        out,
-        tokenizer,
-        views=views,
-        colour=colour,
-        max_skip=max_skip,
-        follow_links=follow_links,
-        seed=seed,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        on_step=console.progress("tokenizing"),
-    )
+    if compile_ not in _COMPILE:
+        raise unknown_name("value of --compile", compile_, _COMPILE)
+    with join_world(device) as (world, own_device):
+        result = run(
+            images,
+            out,
+            tokenizer,
+            views=views,
+            colour=colour,
+            max_skip=max_skip,
+            follow_links=follow_links,
+            seed=seed,
+            batch_size=batch_size,
+            workers=workers,
+            device=own_device,
+            precision=precision,
+            compile=_COMPILE[compile_],
+            on_step=console.progress("tokenizing") if world.is_first else ignore,
+            world=world,
+        )
+    if result is None:  # the first process speaks
+        return
     value = {
         "folder": str(result.folder),
         "images": result.num_images,
@@ -62,6 +84,8 @@ def tokenize(
         "skipped": result.num_skipped,
         "converted": result.converted,
         "classes": len(result.classes),
+        "precision": precision,
+        "agreement": result.agreement,
     }
     images_of = f"{result.num_images:,} images in {len(result.classes):,} classes"
     text = f"{result.num_rows:,} rows of codes from {images_of}: {out}"

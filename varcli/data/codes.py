@@ -2,7 +2,7 @@
 
 On disk: `train-00000.safetensors`, ... with `codes` uint16 (n, L), `labels` int32 (n,) and `sources` int32 (n,), which
 index into the lines of `train-images.txt`; rows of one image's views stand together. The manifest comes last.
-The writer is in `varcli.data.codes_writer`.
+The writers are in `varcli.data.codes_writer` and `varcli.data.codes_shards`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 
 from varcli.artifacts.manifest import Manifest
 from varcli.artifacts.verify import parse_tensors, read_checked_bytes, read_manifest
-from varcli.data.codes_writer import CODES_KIND, CodesPlan, CodesWriter, images_name
+from varcli.data.codes_shards import CodesPlan
+from varcli.data.codes_writer import CODES_KIND, CodesWriter, images_name
 from varcli.data.paths import unescape_path
 from varcli.errors import ArtifactError, DataError, IntegrityError, unknown_name
 

@@ -88,10 +88,27 @@ def decode_images(
     images; skipped images make a batch shorter. Rows do not depend on workers or batch_size.
     Raises DataError for an unknown split, or if a worker is killed.
     """
-    numbers = tuple(range(views) if isinstance(views, int) else views)
     wanted = range(len(_split(tree, split))) if indices is None else indices
-    pairs = ((int(index), view) for index in wanted for view in numbers)
-    return _decode(tree, split, config, pairs, workers, batch_size, unit=max(1, len(numbers)))
+    return decode_spans(tree, split, config, [wanted], views, workers, batch_size)
+
+
+def decode_spans(
+    tree: ImageTree,
+    split: str,
+    config: DecodeConfig,
+    spans: Iterable[Iterable[int]],
+    views: int | Iterable[int] = 1,
+    workers: int | None = None,
+    batch_size: int = 256,
+    pin: bool = False,
+) -> Iterator[DecodedBatch]:
+    """Decode several spans of positions in one go; no batch reaches over the end of a span.
+
+    pin: put images where a GPU can fetch them by itself. The rest is as in `decode_images`.
+    """
+    numbers = tuple(range(views) if isinstance(views, int) else views)
+    pairs = (((int(index), view) for index in span for view in numbers) for span in spans)
+    return _decode(tree, split, config, pairs, workers, batch_size, max(1, len(numbers)), pin)
 
 
 def decode_pairs(
@@ -106,41 +123,48 @@ def decode_pairs(
 
     Neighbours with one index share its decoding.
     """
-    return _decode(tree, split, config, pairs, workers, batch_size, unit=1)
+    return _decode(tree, split, config, [pairs], workers, batch_size, 1, False)
 
 
 def _decode(
     tree: ImageTree,
     split: str,
     config: DecodeConfig,
-    pairs: Iterable[tuple[int, int]],
+    spans: Iterable[Iterable[tuple[int, int]]],
     workers: int | None,
     batch_size: int,
     unit: int,
+    pin: bool,
 ) -> Iterator[DecodedBatch]:
-    """Decode pairs; `unit` rows belong to one image and stay in one task."""
+    """Decode spans of pairs; `unit` rows belong to one image and stay in one task."""
     chosen = _split(tree, split)
     flips = np.isin(np.arange(len(tree.classes)), [tree.classes.index(name) for name in _flip_classes(tree, config)])
     batch_size = max(1, batch_size // unit) * unit
-    chunks = _chunks(pairs, batch_size, max(1, _ROWS_PER_TASK // unit) * unit)
-    tasks = (_Task.build(tree.root, chosen, config, flips, rows) for rows in chunks)
-    for batch in _group(_run(tasks, default_workers() if workers is None else workers), batch_size):
-        yield _join(batch, chosen, config)
+    chunks = _chunks(spans, batch_size, max(1, _ROWS_PER_TASK // unit) * unit)
+    tasks = (_Task.build(tree.root, chosen, config, flips, rows, is_last) for rows, is_last in chunks)
+    for batch in _group(_run(tasks, default_workers() if workers is None else workers)):
+        yield _join(batch, chosen, config, pin)
 
 
 @dataclass(frozen=True)
 class _Task:
-    """Some images to decode; `num_rows` counts what was asked for, and closes a batch."""
+    """Some images to decode; `is_last` says that a batch ends with them."""
 
     indices: list[int]
     paths: list[str]
-    num_rows: int
+    is_last: bool
     header: dict[str, Any]
     raw: bytes
 
     @classmethod
     def build(
-        cls, root: Path, split: Any, config: DecodeConfig, flips: np.ndarray, rows: list[tuple[int, int]]
+        cls,
+        root: Path,
+        split: Any,
+        config: DecodeConfig,
+        flips: np.ndarray,
+        rows: list[tuple[int, int]],
+        is_last: bool,
     ) -> _Task:
         indices, images = [], []
         for index, group in itertools.groupby(rows, key=lambda pair: pair[0]):
@@ -154,7 +178,7 @@ class _Task:
             "images": images,
         }
         paths = [path for path, _, _ in images]
-        return cls(indices, paths, len(rows), header, b"" if pixels is None else pixels.tobytes())
+        return cls(indices, paths, is_last, header, b"" if pixels is None else pixels.tobytes())
 
 
 def _split(tree: ImageTree, name: str) -> Any:
@@ -170,28 +194,30 @@ def _flip_classes(tree: ImageTree, config: DecodeConfig) -> tuple[str, ...]:
     return config.flip_classes
 
 
-def _chunks(pairs: Iterable[tuple[int, int]], batch_size: int, task_size: int) -> Iterator[list[tuple[int, int]]]:
-    """Cut the stream into tasks that never reach over the end of a batch."""
-    stream = iter(pairs)
-    left = batch_size
-    while rows := list(itertools.islice(stream, min(task_size, left))):
-        yield rows
-        left = left - len(rows) or batch_size
+def _chunks(
+    spans: Iterable[Iterable[tuple[int, int]]], batch_size: int, task_size: int
+) -> Iterator[tuple[list[tuple[int, int]], bool]]:
+    """Cut spans into tasks, and say of each whether a batch ends with it: a full one, or the last of a span."""
+    for span in spans:
+        stream, left = iter(span), batch_size
+        rows = list(itertools.islice(stream, min(task_size, left)))
+        while rows:
+            left = left - len(rows) or batch_size
+            following = list(itertools.islice(stream, min(task_size, left)))
+            yield rows, not following or left == batch_size
+            rows = following
 
 
-def _group(results: Iterator[tuple[_Task, Result]], batch_size: int) -> Iterator[list[tuple[_Task, Result]]]:
-    batch, num_rows = [], 0
+def _group(results: Iterator[tuple[_Task, Result]]) -> Iterator[list[tuple[_Task, Result]]]:
+    batch = []
     for task, result in results:
         batch.append((task, result))
-        num_rows += task.num_rows
-        if num_rows >= batch_size:
+        if task.is_last:
             yield batch
-            batch, num_rows = [], 0
-    if batch:
-        yield batch
+            batch = []
 
 
-def _join(batch: list[tuple[_Task, Result]], split: Any, config: DecodeConfig) -> DecodedBatch:
+def _join(batch: list[tuple[_Task, Result]], split: Any, config: DecodeConfig, pin: bool) -> DecodedBatch:
     import torch
 
     indices, views, requested, skipped, skipped_indices, notes = [], [], [], [], [], []
@@ -202,7 +228,8 @@ def _join(batch: list[tuple[_Task, Result]], split: Any, config: DecodeConfig) -
         views.extend(view for _, view in header["rows"])
         skipped.extend((task.paths[number], reason) for number, reason in header["skipped"])
         notes.extend((task.indices[number], found) for number, found in header["notes"])
-    images = torch.from_numpy(np.concatenate([pixels for _, (_, pixels) in batch]))
+    images = torch.empty(len(indices), 3, config.size, config.size, dtype=torch.uint8, pin_memory=pin)
+    np.concatenate([pixels for _, (_, pixels) in batch], out=images.numpy())
     where = np.asarray(indices, np.int64)
     return DecodedBatch(
         images=images,
