@@ -110,6 +110,20 @@ def test_gradients_equal_the_reference(case):
 
 
 @transformer_cases
+def test_gradients_of_the_fused_passes_equal_the_reference(case):
+    model, golden, parameters = load(case)
+    model.kernels = "triton"
+    loss, losses_BL, _ = model.losses(golden["labels"], golden["var_input"], golden["gt_idx"].long())
+    assert_near(losses_BL, golden["ce_per_token"], FEATURES)
+    loss.backward()
+    norms = torch.stack([parameters[name].grad.norm() for name in case.config["param_names"]])
+    torch.testing.assert_close(norms.norm(), golden["grad_norm_total"], rtol=GRADIENT_NORM, atol=0)
+    for key, expected in golden.items():
+        if key.startswith("grad."):
+            assert_near(parameters[key.removeprefix("grad.")].grad, expected, GRADIENT, key)
+
+
+@transformer_cases
 def test_a_temperature_above_its_cap_has_no_gradient(case):
     model, golden, parameters = load(case)
     token_losses(model(golden["labels"], golden["var_input"]), golden["gt_idx"]).mean().backward()

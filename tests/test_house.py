@@ -19,7 +19,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
 FLOORS = (
     {"errors", "shapes", "config", "scales", "progress", "devices"},
     {"artifacts"},
-    {"data", "pretrained", "distributed"},
+    {"data", "pretrained", "distributed", "kernels"},
     {"tokenizer", "transformer"},
     {"order"},
     {"training", "sampling", "metrics", "interop", "scaling"},

@@ -75,6 +75,16 @@ def test_compiled_training_learns_the_same(places, tmp_path, graphs):
     assert fused == pytest.approx(plain, rel=0.01)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_triton_kernels_learn_the_same(places, tmp_path, precision, compiled):
+    config = replace(SMALL, dropout=0.0, label_smoothing=0.1, precision=precision, compile=compiled)
+    plain = train(places, tmp_path / "plain", config)
+    fused = train(places, tmp_path / "fused", replace(config, kernels="triton"))
+    assert fused == pytest.approx(plain, rel=1e-4 if precision == "fp32" else 0.01)
+
+
 def test_the_cpu_and_the_gpu_take_the_same_steps(places, tmp_path):
     config = replace(SMALL, dropout=0.0, drop_path=0.0, label_dropout=0.0, precision="fp32")
     codes, tokenizer = places

@@ -193,3 +193,31 @@ def test_label_dropout_replaces_the_asked_share():
     assert torch.equal(dropped[~gone], labels[~gone])
     assert torch.equal(drop_labels(labels, 10, 0.0), labels)
     assert (drop_labels(labels, 10, 1.0) == 10).all()
+
+
+def gradients(model: Transformer, features: torch.Tensor, call=Transformer.losses) -> list[torch.Tensor]:
+    codes = torch.arange(2 * 21).view(2, 21) % model.config.vocab_size
+    branches = torch.tensor([[2.0, 0.5], [1.0, 0.0]]).expand(model.config.depth, 2, 2)
+    loss, losses_BL, hits_BL = call(model, LABELS, features, codes, 0.1, branches)
+    grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return [loss, losses_BL, hits_BL.float(), *(grad for grad in grads if grad is not None)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"shared_adaln": True}], ids=str)
+def test_fused_passes_give_the_loss_and_gradients_of_plain_torch(lively_transformer, features, changes):
+    model = Transformer(TransformerConfig(**{**vars(lively_transformer.config), **changes, "init_adaln_gamma": 0.5}))
+    plain = gradients(model, features)
+    model.kernels = "triton"
+    for actual, expected in zip(gradients(model, features), plain, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fused_passes_compile_as_one_graph(lively_transformer, features, autocast):
+    lively_transformer.kernels = "triton"
+    lively_transformer.requires_grad_(True)
+    compiled = torch.compile(Transformer.losses, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        eager = gradients(lively_transformer, features)
+        for actual, expected in zip(gradients(lively_transformer, features, compiled), eager, strict=True):
+            torch.testing.assert_close(actual, expected)

@@ -84,11 +84,7 @@ def measure(
 
     The loss is the plain mean cross entropy over tokens; `NUMBERS` are without label smoothing. Source: VAR's trainer.
     """
-    logits_BLV = model(labels_B, x_BLZ, branches)
-    flat, targets = logits_BLV.flatten(0, 1), codes_BL.flatten()
-    losses_BL = F.cross_entropy(flat, targets, reduction="none").view(codes_BL.shape)
-    plain = losses_BL.mean()
-    loss = F.cross_entropy(flat, targets, label_smoothing=label_smoothing) if label_smoothing else plain
-    hits_BL = (logits_BLV.detach().argmax(dim=-1) == codes_BL).float()
-    numbers = torch.stack([plain, losses_BL[:, -last:].mean(), hits_BL.mean(), hits_BL[:, -last:].mean()])
+    loss, losses_BL, hits_BL = model.losses(labels_B, x_BLZ, codes_BL, label_smoothing, branches)
+    hits_BL = hits_BL.float()
+    numbers = torch.stack([losses_BL.mean(), losses_BL[:, -last:].mean(), hits_BL.mean(), hits_BL[:, -last:].mean()])
     return loss, numbers.detach()

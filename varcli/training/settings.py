@@ -67,6 +67,9 @@ class TrainConfig:
     seed: int = 0  # of weights, order, dropouts
     precision: str = "auto"  # auto, fp32, bf16 or fp16; auto is bf16 on CUDA and fp32 elsewhere
     compile: bool | None = None  # torch.compile; None is on CUDA when the run is long enough to gain
+    kernels: str = (
+        "auto"  # auto, torch or triton: passes of our own between products; auto is torch, until they are measured
+    )
     cuda_graphs: bool = False  # replay each step's kernels in one launch: faster for small models, takes more memory
     log_every: int | None = None  # steps between log lines
     validate_every: int | None = None  # steps between validations; 0 is never
@@ -141,7 +144,15 @@ class TrainConfig:
         return LoopConfig(**{name: getattr(self, name) for name in names})
 
 
-FREE = LoopConfig.FREE | {"epochs", "micro_batch_size", "compile", "cuda_graphs", "validation_images", "eval_samples"}
+FREE = LoopConfig.FREE | {
+    "epochs",
+    "micro_batch_size",
+    "compile",
+    "kernels",
+    "cuda_graphs",
+    "validation_images",
+    "eval_samples",
+}
 """Settings that a resumed run may change: they decide when and how, not what."""
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from varcli.artifacts.write import atomic_folder
 from varcli.devices import resolve_precision
 from varcli.errors import ConfigError
+from varcli.kernels import resolve_kernels
 from varcli.order import ScaleOrder
 from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer import VQVAE
@@ -102,6 +103,7 @@ class TransformerTrainer(Trainer):
         self.frozen, self.start_notes = begin(self.model, parent, config.frozen, classes, tokenizer.fingerprint())
         self.model.to(device)
         learn(self.model, self.frozen)
+        self.model.kernels = resolve_kernels(config.kernels, device)
         self.average = Ema(self.model, config.ema_decay) if config.ema_decay else None
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.dtype = resolve_precision(config.precision, device)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varcli.kernels.qk import normalized_steps
 from varcli.transformer.base import TransformerConfig
 
 _MAX_LOG_SCALE = math.log(100)  # temperatures are capped at 100, as in Swin v2 (arXiv:2111.09883)
@@ -51,12 +52,16 @@ def attend_by_step(
     kernels take no mask, and what a mask hides is not computed.
     """
     before = k_BnLd.shape[2] - q_Bnld.shape[2]
-    pieces, start = [], 0
+    steps, start = [], 0
     for length in step_lengths:
         end = start + length
-        q, k, v = q_Bnld[:, :, start:end], k_BnLd[:, :, : before + end], v_BnLd[:, :, : before + end]
-        pieces.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2))
+        steps.append((q_Bnld[:, :, start:end], k_BnLd[:, :, : before + end], v_BnLd[:, :, : before + end]))
         start = end
+    return _attend(steps, scale)
+
+
+def _attend(steps: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> Tensor:
+    pieces = [F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2) for q, k, v in steps]
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)).flatten(2)
 
 
@@ -89,6 +94,14 @@ class SelfAttention(nn.Module):
             q = unit_length(q, self.log_scale.float().clamp_max(_MAX_LOG_SCALE).exp()).to(v.dtype)
             k = unit_length(k).to(v.dtype)
         return q, k, v
+
+    def attend_steps(self, x_BLC: Tensor, step_lengths: tuple[int, ...]) -> Tensor:
+        """`project`, then `attend_by_step`, for all L tokens, with what stands between the products in `varcli.kernels`."""
+        if self.log_scale is None:
+            return attend_by_step(*self.project(x_BLC), step_lengths, self.softmax_scale)
+        qkv_BLC = F.linear(x_BLC.to(self.qkv.weight.dtype), self.qkv.weight)
+        biases = (self.q_bias, self.v_bias, self.log_scale)
+        return _attend(normalized_steps(qkv_BLC, *biases, _MAX_LOG_SCALE, step_lengths), self.softmax_scale)
 
     def join(self, y_BlC: Tensor) -> Tensor:
         """Mix what the heads saw."""

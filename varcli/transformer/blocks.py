@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varcli.kernels.norm import gated_norm, norm
 from varcli.transformer.attention import SelfAttention, attend_by_step, linear
 from varcli.transformer.base import TransformerConfig
 
@@ -23,6 +24,20 @@ class Condition(NamedTuple):
 
     activated_BC: Tensor  # the class condition after SiLU
     shared_B16C: Tensor | None = None  # what the shared layer made of it, with `shared_adaln`
+
+
+class Stream(NamedTuple):
+    """A residual stream and a branch that is not yet added to it, since the next norm does so on its way."""
+
+    x_BLC: Tensor
+    branch_BLC: Tensor | None = None  # None: nothing is left to add
+    gate_B1C: Tensor | None = None
+
+    def enter(self, scale_B1C: Tensor, shift_B1C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Return the stream with its branch added, and the modulated norm of that."""
+        if self.branch_BLC is None:
+            return self.x_BLC, norm(self.x_BLC, scale_B1C, shift_B1C, eps)
+        return gated_norm(*self, scale_B1C, shift_B1C, eps)
 
 
 class FeedForward(nn.Module):
@@ -66,19 +81,22 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x_BlC: Tensor,
+        x_BlC: Tensor | Stream,
         modulation: Tensor | Condition,
         step_lengths: tuple[int, ...],
         branches_2B: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | Stream:
         """Return the residual stream after this block, all steps at once.
 
+        x_BlC: the stream before; given as a `Stream` it comes back as one, and the passes of `varcli.kernels` are taken.
         modulation: (B, 1, 6, C) that `modulate` gave, or what it is made of: then this call touches all weights of the
         block and nothing else does, which a block that is sharded over several devices needs.
         step_lengths: tokens of each step, of which each sees itself and all earlier ones.
         branches_2B: factors on the gates of attention and feed-forward, sample by sample; see `drop_branches`.
         """
         modulation_B16C = self.modulate(modulation) if isinstance(modulation, Condition) else modulation
+        if isinstance(x_BlC, Stream):
+            return self._forward_stream(x_BlC, modulation_B16C, step_lengths, branches_2B)
         q, k, v = self.before_attention(x_BlC, modulation_B16C)
         seen_BlC = attend_by_step(q, k, v, step_lengths, self.attention.softmax_scale)
         return self.after_attention(x_BlC, seen_BlC, modulation_B16C, branches_2B)
@@ -93,11 +111,26 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return the residual stream after this block, given what attention saw, (B, l, n * d)."""
         gamma1, gamma2, _, scale2, _, shift2 = modulation_B16C.unbind(2)
-        if branches_2B is not None:
-            gamma1, gamma2 = (gamma1 * branches_2B[0, :, None, None], gamma2 * branches_2B[1, :, None, None])
+        gamma1, gamma2 = _gates(gamma1, gamma2, branches_2B)
         x_BlC = torch.addcmul(x_BlC, self.attention.join(seen_BlC), gamma1.to(x_BlC.dtype))
         y = self.feed_forward(modulated_norm(x_BlC, scale2, shift2, self.norm_eps))
         return torch.addcmul(x_BlC, y, gamma2.to(x_BlC.dtype))
+
+    def _forward_stream(
+        self, stream: Stream, modulation_B16C: Tensor, step_lengths: tuple[int, ...], branches_2B: Tensor | None
+    ) -> Stream:
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
+        gamma1, gamma2 = _gates(gamma1, gamma2, branches_2B)
+        x_BLC, normed_BLC = stream.enter(scale1, shift1, self.norm_eps)
+        y_BLC = self.attention.join(self.attention.attend_steps(normed_BLC, step_lengths))
+        x_BLC, normed_BLC = Stream(x_BLC, y_BLC, gamma1).enter(scale2, shift2, self.norm_eps)
+        return Stream(x_BLC, self.feed_forward(normed_BLC), gamma2)
+
+
+def _gates(gamma1_B1C: Tensor, gamma2_B1C: Tensor, branches_2B: Tensor | None) -> tuple[Tensor, Tensor]:
+    if branches_2B is None:
+        return gamma1_B1C, gamma2_B1C
+    return gamma1_B1C * branches_2B[0, :, None, None], gamma2_B1C * branches_2B[1, :, None, None]
 
 
 def cached_queries(block: Block, x_BlC: Tensor, modulation_B16C: Tensor, k_Bnld: Tensor, v_Bnld: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varcli.kernels.cross_entropy import linear_cross_entropy
 from varcli.shapes import check_shape
 from varcli.transformer.attention import LayerCache, attend_by_step, linear
 from varcli.transformer.base import TransformerConfig
-from varcli.transformer.blocks import Block, Condition, cached_queries, modulated_norm
+from varcli.transformer.blocks import Block, Condition, Stream, cached_queries, modulated_norm
 
 _UNDECAYED = ("start_position", "positions", "step_embedding", "log_scale", "modulation_offset")
 
@@ -43,6 +44,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.kernels = "torch"  # of teacher forcing: "torch", or "triton" for the fewer passes of `varcli.kernels`
         width = config.width
         self.class_embedding = nn.Embedding(config.num_classes + 1, width)  # the last row stands for no class
         self.start_position = nn.Parameter(torch.empty(1, config.step_lengths[0], width))
@@ -77,22 +79,49 @@ class Transformer(nn.Module):
         return self.head(self.hidden(labels_B, x_BLZ, branches))
 
     def hidden(self, labels_B: Tensor, x_BLZ: Tensor, branches: Tensor | None = None) -> Tensor:
-        """Return what `head` turns into logits, float32 (B, L, C): for a loss that takes the head in pieces."""
+        """Return what `head` turns into logits (B, L, C): float32, or in the precision of products with Triton."""
         config = self.config
         check_shape("x", x_BLZ, (labels_B.shape[0], config.seq_len - config.step_lengths[0], config.code_channels))
         condition_BC = self.embed_labels(labels_B)
         first = condition_BC.unsqueeze(1) + self.start_position.float()
         x = torch.cat((first, self._project(x_BLZ)), dim=1) + self._embed_positions(0, config.seq_len)
         x = x.to(self._compute_dtype())
+        x = Stream(x) if self.kernels == "triton" else x
         condition, (scale, shift) = self._modulate(condition_BC)
         by_block = [None] * config.depth if branches is None else branches.unbind()
         for block, branches_2B in zip(self.blocks, by_block, strict=True):
             x = block(x, condition, config.step_lengths, branches_2B=branches_2B)
+        if isinstance(x, Stream):
+            return x.enter(scale, shift, config.norm_eps)[1]
         return modulated_norm(x, scale, shift, config.norm_eps)
 
     def head(self, h_BlC: Tensor) -> Tensor:
         """Return the logits (B, l, V), float32, of what `hidden` gave."""
         return linear(self.output_projection, h_BlC).float()
+
+    def losses(
+        self,
+        labels_B: Tensor,
+        x_BLZ: Tensor,
+        codes_BL: Tensor,
+        label_smoothing: float = 0.0,
+        branches: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the mean cross entropy to learn from, each token's without smoothing (B, L), and where the logits hit it.
+
+        labels_B, x_BLZ, branches: see `forward`. The last two results have no gradient.
+        """
+        if self.kernels == "triton":
+            h_NC, layer = self.hidden(labels_B, x_BLZ, branches).flatten(0, 1), self.output_projection
+            loss, losses_N, hits_N = linear_cross_entropy(
+                h_NC, layer.weight, layer.bias, codes_BL.flatten(), label_smoothing, self._compute_dtype()
+            )
+            return loss, losses_N.view(codes_BL.shape), hits_N.view(codes_BL.shape)
+        logits_BLV = self(labels_B, x_BLZ, branches)
+        flat, targets = logits_BLV.flatten(0, 1), codes_BL.flatten()
+        losses_BL = F.cross_entropy(flat, targets, reduction="none").view(codes_BL.shape)
+        loss = F.cross_entropy(flat, targets, label_smoothing=label_smoothing) if label_smoothing else losses_BL.mean()
+        return loss, losses_BL.detach(), logits_BLV.detach().argmax(dim=-1) == codes_BL
 
     # -- step by step --------------------------------------------------------------------------------------------
 

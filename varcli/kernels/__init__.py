@@ -1,0 +1,30 @@
+"""Passes over tensors that torch.compile does not join: Triton on CUDA, and torch code that computes the same.
+
+Triton is imported when one of its kernels is launched, so that everything else runs where it is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from varcli.errors import ConfigError, unknown_name
+
+KERNELS = ("torch", "triton")
+"""How a transformer's teacher forcing is computed: by torch alone, or by the operators of this room."""
+
+
+def resolve_kernels(name: str, device: torch.device) -> str:
+    """Turn "auto" or one of KERNELS into one that is there: "auto" is torch, as the others are not measured yet.
+
+    Raises ConfigError for another name, and for Triton where there is no CUDA GPU or no Triton.
+    """
+    if name not in ("auto", *KERNELS):
+        raise unknown_name("kernels", name, ["auto", *KERNELS])
+    if name == "triton":
+        if device.type != "cuda":
+            raise ConfigError(f"kernels `triton` need a CUDA GPU, but the device is {device.type}", "use kernels=auto")
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError("kernels `triton` were asked for, but Triton is not installed", "use kernels=auto")
+    return "torch" if name == "auto" else name

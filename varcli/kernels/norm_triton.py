@@ -1,0 +1,194 @@
+"""Triton kernels of `varcli.kernels.norm`: one pass over the activations forward, one backward.
+
+A program walks over some rows of one sample, so that the sample's gate, scale and shift stay in registers, and sums for
+their gradients too. A thread holds 8 neighbouring channels: 16 bytes of bfloat16 at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_FORWARD_ROWS = 8  # a program: few, as nothing but the three vectors is shared by them
+_BACKWARD_ROWS = 64  # a program: the sums it leaves behind are then 2 % of what it reads
+_CHANNELS_A_WARP = 256  # 8 a thread
+
+
+@triton.jit
+def _forward(
+    stream_ptr, branch_ptr, gate_ptr, scale_ptr, shift_ptr, out_ptr, normed_ptr, mean_ptr, inverse_ptr,
+    gate_stride, scale_stride, shift_stride, length, eps,
+    HAS_BRANCH: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * ROWS
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    scale = 1 + tl.load(scale_ptr + sample * scale_stride + columns, mask=inside, other=0).to(tl.float32)
+    shift = tl.load(shift_ptr + sample * shift_stride + columns, mask=inside, other=0).to(tl.float32)
+    if HAS_BRANCH:
+        gate = tl.load(gate_ptr + sample * gate_stride + columns, mask=inside, other=0).to(tl.float32)
+    for row in range(first, min(first + ROWS, length)):
+        token = sample * length + row
+        x = tl.load(stream_ptr + token * WIDTH + columns, mask=inside, other=0)
+        if HAS_BRANCH:
+            branch = tl.load(branch_ptr + token * WIDTH + columns, mask=inside, other=0).to(tl.float32)
+            # rounded as it is stored, so that the backward pass sees what was normalised
+            x = (x.to(tl.float32) + gate * branch).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + token * WIDTH + columns, x, mask=inside)
+        x = x.to(tl.float32)
+        mean = tl.sum(x, axis=0) / WIDTH
+        centred = tl.where(inside, x - mean, 0.0)
+        inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / WIDTH + eps)
+        tl.store(mean_ptr + token, mean)
+        tl.store(inverse_ptr + token, inverse)
+        normed = centred * inverse * scale + shift
+        tl.store(normed_ptr + token * WIDTH + columns, normed.to(normed_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(
+    grad_normed_ptr, grad_out_ptr, out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, inverse_ptr,
+    grad_stream_ptr, grad_branch_ptr, sums_ptr,
+    gate_stride, scale_stride, length,
+    HAS_BRANCH: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * ROWS
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    scale = 1 + tl.load(scale_ptr + sample * scale_stride + columns, mask=inside, other=0).to(tl.float32)
+    sum_scale = tl.zeros((BLOCK,), tl.float32)
+    sum_shift = tl.zeros((BLOCK,), tl.float32)
+    if HAS_BRANCH:
+        gate = tl.load(gate_ptr + sample * gate_stride + columns, mask=inside, other=0).to(tl.float32)
+        sum_gate = tl.zeros((BLOCK,), tl.float32)
+    for row in range(first, min(first + ROWS, length)):
+        token = sample * length + row
+        at = token * WIDTH + columns
+        grad = tl.load(grad_normed_ptr + at, mask=inside, other=0).to(tl.float32)
+        x = tl.load(out_ptr + at, mask=inside, other=0).to(tl.float32)
+        if HAS_BRANCH:
+            grad_out = tl.load(grad_out_ptr + at, mask=inside, other=0).to(tl.float32)
+            branch = tl.load(branch_ptr + at, mask=inside, other=0).to(tl.float32)
+        mean = tl.load(mean_ptr + token)
+        inverse = tl.load(inverse_ptr + token)
+        unit = tl.where(inside, (x - mean) * inverse, 0.0)
+        sum_scale += grad * unit
+        sum_shift += grad
+        grad = grad * scale
+        along = tl.sum(grad * unit, axis=0) / WIDTH
+        level = tl.sum(grad, axis=0) / WIDTH
+        grad = (grad - level - unit * along) * inverse
+        if HAS_BRANCH:
+            grad += grad_out
+            sum_gate += grad * branch
+            tl.store(grad_branch_ptr + at, (grad * gate).to(grad_branch_ptr.dtype.element_ty), mask=inside)
+        tl.store(grad_stream_ptr + at, grad.to(grad_stream_ptr.dtype.element_ty), mask=inside)
+    kinds: tl.constexpr = 3 if HAS_BRANCH else 2
+    sums_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * kinds * WIDTH
+    tl.store(sums_ptr + columns, sum_scale, mask=inside)
+    tl.store(sums_ptr + WIDTH + columns, sum_shift, mask=inside)
+    if HAS_BRANCH:
+        tl.store(sums_ptr + 2 * WIDTH + columns, sum_gate, mask=inside)
+
+
+def launch_forward(
+    stream_BLC: Tensor,
+    branch_BLC: Tensor | None,
+    gate_B1C: Tensor | None,
+    scale_B1C: Tensor,
+    shift_B1C: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the stream with the gated branch added, its modulated norm, and mean and inverse deviation (B, L), float32.
+
+    Without a branch the first is the stream itself.
+    """
+    stream_BLC = stream_BLC.contiguous()
+    batch, length, width = stream_BLC.shape
+    normed = torch.empty_like(stream_BLC)
+    mean, inverse = (torch.empty(batch, length, dtype=torch.float32, device=stream_BLC.device) for _ in range(2))
+    scale_B1C, shift_B1C = _dense_rows(scale_B1C), _dense_rows(shift_B1C)
+    out = stream_BLC
+    if branch_BLC is not None:
+        out, branch_BLC, gate_B1C = torch.empty_like(stream_BLC), branch_BLC.contiguous(), _dense_rows(gate_B1C)
+    block = triton.next_power_of_2(width)
+    _forward[(triton.cdiv(length, _FORWARD_ROWS), batch)](
+        stream_BLC,
+        branch_BLC,
+        gate_B1C,
+        scale_B1C,
+        shift_B1C,
+        out,
+        normed,
+        mean,
+        inverse,
+        0 if gate_B1C is None else gate_B1C.stride(0),
+        scale_B1C.stride(0),
+        shift_B1C.stride(0),
+        length,
+        eps,
+        HAS_BRANCH=branch_BLC is not None,
+        WIDTH=width,
+        BLOCK=block,
+        ROWS=_FORWARD_ROWS,
+        num_warps=_num_warps(block),
+    )
+    return out, normed, mean, inverse
+
+
+def launch_backward(
+    grad_normed_BLC: Tensor,
+    grad_out_BLC: Tensor | None,
+    out_BLC: Tensor,
+    branch_BLC: Tensor | None,
+    gate_B1C: Tensor | None,
+    scale_B1C: Tensor,
+    mean_BL: Tensor,
+    inverse_BL: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return gradients to stream and branch, and the sums over tokens (B, 2 or 3, C), float32: for scale, shift, gate."""
+    grad_normed_BLC, out_BLC, scale_B1C = grad_normed_BLC.contiguous(), out_BLC.contiguous(), _dense_rows(scale_B1C)
+    batch, length, width = out_BLC.shape
+    grad_stream, grad_branch = torch.empty_like(out_BLC), None
+    if branch_BLC is not None:
+        grad_out_BLC, branch_BLC, gate_B1C = grad_out_BLC.contiguous(), branch_BLC.contiguous(), _dense_rows(gate_B1C)
+        grad_branch = torch.empty_like(branch_BLC)
+    chunks = triton.cdiv(length, _BACKWARD_ROWS)
+    kinds = 2 if branch_BLC is None else 3
+    sums = torch.empty(batch, chunks, kinds, width, dtype=torch.float32, device=out_BLC.device)
+    block = triton.next_power_of_2(width)
+    _backward[(chunks, batch)](
+        grad_normed_BLC,
+        grad_out_BLC,
+        out_BLC,
+        branch_BLC,
+        gate_B1C,
+        scale_B1C,
+        mean_BL.contiguous(),
+        inverse_BL.contiguous(),
+        grad_stream,
+        grad_branch,
+        sums,
+        0 if gate_B1C is None else gate_B1C.stride(0),
+        scale_B1C.stride(0),
+        length,
+        HAS_BRANCH=branch_BLC is not None,
+        WIDTH=width,
+        BLOCK=block,
+        ROWS=_BACKWARD_ROWS,
+        num_warps=_num_warps(block),
+    )
+    return grad_stream, grad_branch, sums.sum(dim=1)
+
+
+def _num_warps(block: int) -> int:
+    return min(16, max(1, block // _CHANNELS_A_WARP))
+
+
+def _dense_rows(vector_B1C: Tensor) -> Tensor:
+    """Rows whose channels are neighbours; samples may lie apart, as in a part of the modulation."""
+    return vector_B1C if vector_B1C.stride(-1) == 1 else vector_B1C.contiguous()
