@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from toy_trainer import ToyTrainer, train_toy
 
 import varcli
 from varcli.artifacts.verify import read_manifest, verify_folder
-from varcli.errors import ArtifactError, ConfigError, InterruptedRun, LockedError, NumericError
+from varcli.errors import ArtifactError, ConfigError, InterruptedRun, LockedError, MemoryLimitError, NumericError
 from varcli.progress import Step
 from varcli.training.checkpoint import list_checkpoints
 from varcli.training.loop import LoopConfig, run_training
@@ -245,6 +246,49 @@ def test_a_run_that_ends_on_a_validation_that_is_no_number_says_so_and_never_tak
             run_training(trainer, opened, LoopConfig(steps=4, validate_every=2, keep_best=True))
     manifest = read_manifest(tmp_path / "run" / "checkpoints" / "step-0000004", "checkpoint")
     assert manifest.info["best"] == {"step": 2, "loss": 1.0}
+
+
+def test_a_validation_that_fails_loses_no_step_and_is_made_up_for_or_turned_off(tmp_path, unbroken):
+    class Failing(ToyTrainer):
+        def validate(self):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for out in (tmp_path / "fixed", tmp_path / "off"):
+        with pytest.raises(MemoryLimitError):
+            train_toy(out, trainer=Failing(20), validate_every=5)
+        newest = list_checkpoints(out)[0]
+        assert newest.name == "step-0000005"
+        assert read_manifest(newest, "checkpoint").info["pending"] == ["validate"]
+    train_toy(tmp_path / "whole", validate_every=5)
+    train_toy(tmp_path / "fixed", validate_every=5)
+    assert read_log(tmp_path / "fixed", "validation") == read_log(tmp_path / "whole", "validation")
+    train_toy(tmp_path / "off", trainer=Failing(20), validate_every=0)
+    for out in (tmp_path / "fixed", tmp_path / "off"):
+        assert losses(out) == losses(unbroken)
+
+
+def test_a_checkpoint_knows_what_its_validation_found(tmp_path):
+    best = train_toy(tmp_path / "run", validate_every=5).best
+    newest, before = (read_manifest(folder, "checkpoint") for folder in list_checkpoints(tmp_path / "run"))
+    assert newest.info["best"] == best and newest.info["pending"] == []
+    assert newest.info["parent"] == before.digest
+    found = read_log(tmp_path / "run", "validation")
+    published = read_manifest(tmp_path / "run" / "toy", "toy").info
+    assert (published["step"], published["validation_loss"]) == (20, found[-1]["loss"] if best["step"] == 20 else None)
+
+
+def test_a_kill_between_a_validation_and_its_note_leaves_one_line_of_it(tmp_path, monkeypatch):
+    class Kill(BaseException):
+        pass
+
+    def kill(*_):
+        raise Kill
+
+    with monkeypatch.context() as patch, pytest.raises(Kill):
+        patch.setattr("varcli.training.loop.amend_checkpoint", kill)
+        train_toy(tmp_path / "run", validate_every=5)
+    train_toy(tmp_path / "run", validate_every=5)
+    assert [line["step"] for line in read_log(tmp_path / "run", "validation")] == [5, 10, 15, 20]
 
 
 def test_samples_are_evaluated_when_due_and_a_failure_does_not_end_the_run(tmp_path):

@@ -59,6 +59,17 @@ def save_checkpoint(run: Path, step: int, parts: Parts, info: Mapping[str, Any],
     return manifest
 
 
+def amend_checkpoint(run: Path, step: int, changes: Mapping[str, Any]) -> Manifest:
+    """Change what the manifest of the checkpoint after `step` steps says beside its files; return the new one.
+
+    changes: JSON values that replace those of the same names. Raises ArtifactError if there is no such checkpoint, or the
+    disk is full; the manifest is then as it was.
+    """
+    folder = run / FOLDER_NAME / checkpoint_name(step)
+    manifest = read_manifest(folder, KIND)
+    return write_manifest(folder, KIND, {**manifest.info, **changes}, known=manifest.files)
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, newest first, damaged ones included."""
     folder = run / FOLDER_NAME

@@ -33,7 +33,7 @@ from varcli.artifacts.write import prepare_folder
 from varcli.data.samples import save_png
 from varcli.errors import ConfigError, InterruptedRun, MemoryLimitError, NumericError, VarcliError
 from varcli.progress import OnStep, Step, ignore
-from varcli.training.checkpoint import checkpoint_name, load_checkpoint, save_checkpoint
+from varcli.training.checkpoint import amend_checkpoint, checkpoint_name, load_checkpoint, save_checkpoint
 from varcli.training.meter import Meter, SkipPolicy
 from varcli.training.pace import Pace
 from varcli.training.run import RunFolder
@@ -45,7 +45,8 @@ from varcli.training.trainer import Trainer
 OnValidation = Callable[[Path], None]
 
 SAMPLES_NAME = "samples"
-_LOOKS = ("validate", "sample", "eval")  # what may be due after a step beside log and checkpoint
+# what may be due after a step beside log and checkpoint, and its lines in the log
+_LOOKS = {"validate": "validation", "sample": None, "eval": "evaluation"}
 _HEARTBEAT = 0.5  # seconds between reports that only move the bar
 
 
@@ -149,12 +150,16 @@ class _Loop:
             load_checkpoint(folder, manifest, trainer.parts)
             self.result.seconds = float(manifest.info.get("seconds", 0.0))
             self.result.best = manifest.info.get("best")
-            self.pending = list(manifest.info.get("pending", []))
+            # a look that is turned off now, e.g. since it failed, is not made up for
+            self.pending = [name for name in manifest.info.get("pending", []) if getattr(config, f"{name}_every")]
             self.policy.steps = list(manifest.info.get("skipped_steps", []))
             self.parent, self.saved_step = manifest.digest, self.result.step
         self.world.wait()  # for a processor's work that takes long, such as decoding; a GPU that waits says nothing
         trainer.parts.start_alike(self.world)
-        self.log = RunLog(run.path, self.result.step, config.tensorboard, self._report) if run.world.is_first else None
+        self.log: RunLog | None = None
+        if run.world.is_first:
+            again = [kind for name, kind in _LOOKS.items() if name in self.pending and kind]
+            self.log = RunLog(run.path, self.result.step, config.tensorboard, self._report, again)
         self.meter = Meter()
         self.pace = Pace(trainer.batch_size, self.world.size, trainer.parts.device, trainer.planned_seconds)
         self.last_save = self.last_report = self.window_start = time.monotonic()
@@ -190,16 +195,17 @@ class _Loop:
             measured = self.pace.note(config.steps - done)
             if measured:
                 self._report(measured)
+            looks = [name for name in _LOOKS if due[name]]
             if stop.number:
-                self._save(pending=[name for name in _LOOKS if due[name]])
+                self._save(looks)
                 raise InterruptedRun(
                     f"stopped by {stop.name} after step {done:,} of {config.steps:,}; the state is saved in "
                     f"`{self.run_folder.path}`",
                     "run the same command again to go on",
                 )
-            self._look([name for name in _LOOKS if due[name]])
             if due["save"]:
-                self._save()
+                self._save(looks, publish=not looks)  # before a look that may fail, so that it costs no step
+            self._look(looks)
             if any(due.values()):
                 self.pace.pause(time.monotonic() - self.window_start)
                 self.window_start = time.monotonic()
@@ -237,7 +243,10 @@ class _Loop:
         self._report()
 
     def _look(self, names: list[str]) -> None:
-        """Validate, draw and evaluate, if they are among `names`: the first process, while the others wait."""
+        """Validate, draw and evaluate, if they are among `names`: the first process, while the others wait.
+
+        If this step's checkpoint is there already, it learns what was found, and its weights are published.
+        """
         if self.log is not None:
             if "validate" in names:
                 self._validate(self.log)
@@ -245,6 +254,10 @@ class _Loop:
                 self._draw(self.log)
             if "eval" in names:
                 self._evaluate(self.log)
+            if names and self.saved_step == self.result.step:
+                changes = {"best": self.result.best, "pending": []}
+                self.parent = amend_checkpoint(self.run_folder.path, self.saved_step, changes).digest
+                self._publish_newest()
         if names:
             self.world.wait()
 
@@ -299,13 +312,15 @@ class _Loop:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             self._report(f"evaluation after step {done:,}: {shown}")
 
-    def _save(self, pending: Sequence[str] = ()) -> None:
+    def _save(self, pending: Sequence[str] = (), publish: bool = True) -> None:
         """Write a checkpoint, which holds what every process has; all wait for it.
 
-        pending: what is due at this step and left to whoever goes on from it.
+        pending: looks that are due at this step, for whoever goes on from here. publish: write the weights too.
         """
         if self.world.is_first:
             self._write_checkpoint(pending)
+            if publish:
+                self._publish_newest()
         self.world.wait()
         self.last_save = time.monotonic()
 
@@ -325,6 +340,9 @@ class _Loop:
             parts, keep = self.trainer.parts, self.config.keep_checkpoints
             self.parent = save_checkpoint(self.run_folder.path, done, parts, info, keep).digest
             self.saved_step = done
+
+    def _publish_newest(self) -> None:
+        """Publish this step's weights, unless the best ones are wanted and known."""
         if not (self.config.keep_best and self.result.best is not None):
             self._publish()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,26 @@ class RunLog:
     """Append-only metrics of one run.
 
     resume_step: optimizer steps done by the checkpoint that the run goes on from. warn: told, once, if the log cannot
-    be written: a full disk must not stop training before a checkpoint does.
+    be written: a full disk must not stop training before a checkpoint does. again: kinds of lines that will be written
+    anew for that very step, so that those a killed process left are cut as well.
     """
 
-    def __init__(self, run: Path, resume_step: int, use_tensorboard: bool, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run: Path,
+        resume_step: int,
+        use_tensorboard: bool,
+        warn: Callable[[str], None],
+        again: Collection[str] = (),
+    ) -> None:
         self.path = run / LOG_NAME
         self.warn = warn
         self.is_broken = False
-        kept = [record for record in read_json_lines(self.path) if record.get("step", 0) <= resume_step]
+        kept = [
+            record
+            for record in read_json_lines(self.path)
+            if record.get("step", 0) < resume_step + (record.get("kind") not in again)
+        ]
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.warned = {record["about"] for record in kept if record.get("event") == "warning" and "about" in record}
         self.writer = _open_tensorboard(run / TENSORBOARD_NAME, resume_step) if use_tensorboard else None
