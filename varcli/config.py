@@ -55,6 +55,14 @@ def changed(config: Any) -> set[str]:
     return {name for name in now if now[name] != default[name]}
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return settings with those of tables named as `--set` names them, e.g. tokenizer.width."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file. Raises ConfigError if it is missing or does not parse."""
     try:

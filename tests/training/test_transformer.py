@@ -212,9 +212,3 @@ def test_half_precision_trains_and_resumes(tmp_path, codes, tokenizer_folder, pr
     train(codes, tmp_path / "plain", tokenizer_folder, replace(config, precision="fp32"))
     first, plain = read_log(tmp_path / "whole", "train")[-1], read_log(tmp_path / "plain", "train")[-1]
     assert first["loss"] == pytest.approx(plain["loss"], rel=0.02)
-
-
-def test_tensorboard_files_are_written_if_it_is_installed(tmp_path, codes, tokenizer_folder):
-    pytest.importorskip("tensorboard")
-    train(codes, tmp_path / "run", tokenizer_folder, replace(TINY, steps=2, tensorboard=True))
-    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))

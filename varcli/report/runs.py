@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from varcli.artifacts.verify import read_json, read_tensor_header
+from varcli.config import flatten
 from varcli.data.paths import escape_path
 from varcli.data.runs import RUN_ROOTS, RunRecord, find_runs, is_number, numbers_of, read_run
 from varcli.errors import ArtifactError, ConfigError
@@ -113,8 +114,8 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     sides = []
     for run in runs:
         versions = {name: run.made_by.get(name) for name in ("varcli", "torch")}
-        inputs = {f"inputs.{name}": value for name, value in _flat(run.inputs).items()}
-        sides.append({"kind": run.kind, **_flat(run.config), **inputs, **versions})
+        inputs = {f"inputs.{name}": value for name, value in flatten(run.inputs).items()}
+        sides.append({"kind": run.kind, **flatten(run.config), **inputs, **versions})
     names = dict.fromkeys(name for side in sides for name in side)
     if len({run.kind for run in runs}) > 1:
         names = {name: None for name in names if all(name in side for side in sides)}
@@ -151,13 +152,6 @@ def final_numbers(runs: Sequence[RunRecord]) -> dict[str, list[float | None]]:
 def to_json(summary: RunSummary) -> dict[str, Any]:
     """A summary as JSON values."""
     return dataclasses.asdict(summary)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _whole(value: Any) -> int | None:

@@ -16,10 +16,9 @@ from varcli.artifacts.verify import read_json_lines
 from varcli.artifacts.write import append_json_line, write_text
 from varcli.data.runs import LOG_NAME, read_log
 from varcli.errors import ArtifactError
+from varcli.training.board import open_board
 
-__all__ = ["LOG_NAME", "TENSORBOARD_NAME", "RunLog", "read_log"]
-
-TENSORBOARD_NAME = "tensorboard"
+__all__ = ["LOG_NAME", "RunLog", "read_log"]
 
 
 class RunLog:
@@ -48,7 +47,7 @@ class RunLog:
         ]
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.warned = {record["about"] for record in kept if record.get("event") == "warning" and "about" in record}
-        self.writer = _open_tensorboard(run / TENSORBOARD_NAME, resume_step) if use_tensorboard else None
+        self.board = open_board(run, resume_step, warn) if use_tensorboard else None
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one line. Numbers, and lists of numbers, also go to TensorBoard, but for events."""
@@ -59,12 +58,8 @@ class RunLog:
             if not self.is_broken:
                 self.warn(f"the log is no longer written: {error}")
             self.is_broken = True
-        if self.writer is not None and kind != "event":
-            for name, value in values.items():
-                entries = value if isinstance(value, (list, tuple)) else [value]
-                for index, entry in enumerate(entries):
-                    tag = f"{kind}/{name}" if len(entries) == 1 else f"{kind}/{name}/{index}"
-                    self.writer.add_scalar(tag, entry, step)
+        if self.board is not None and kind != "event":
+            self.board.write(kind, step, values)
 
     def write_warning(self, step: int, about: str, text: str) -> bool:
         """Append a warning as an event, unless one about the same was there, from an earlier session too. Says if it did."""
@@ -76,23 +71,13 @@ class RunLog:
 
     def write_image(self, step: int, image: Any) -> None:
         """Show a picture, PIL or (H, W, 3) uint8, in TensorBoard."""
-        if self.writer is not None:
-            import numpy as np
-
-            self.writer.add_image("samples", np.asarray(image), step, dataformats="HWC")
+        if self.board is not None:
+            self.board.write_image(step, image)
 
     def close(self) -> None:
         """Flush what TensorBoard still holds."""
-        if self.writer is not None:
-            self.writer.close()
-
-
-def _open_tensorboard(folder: Path, resume_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None  # an optional extra: pip install varcli[tensorboard]
-    return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+        if self.board is not None:
+            self.board.close()
 
 
 def _finite(value: Any) -> Any:
