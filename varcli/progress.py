@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Step:
     unit: str = "steps"
     values: dict[str, float] = field(default_factory=dict)  # e.g. {"loss": 4.2}
     message: str | None = None  # a line worth keeping in the log; None for most steps
+    details: Mapping[str, Any] = field(default_factory=dict)  # for displays with more room; what it holds, the job says
 
 
 OnStep = Callable[[Step], None]

@@ -47,7 +47,7 @@ def test_progress_without_terminal_is_lines(capsys: pytest.CaptureFixture[str], 
 def test_rate_of_a_resumed_job_counts_from_where_it_went_on(monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    clock = console._Clock()
+    clock = console.Clock()
     clock.update(Step(1000, 1100))
     now[0] = 10.0
     clock.update(Step(1050, 1100))
@@ -56,7 +56,7 @@ def test_rate_of_a_resumed_job_counts_from_where_it_went_on(monkeypatch: pytest.
 
 @pytest.fixture
 def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(console, "_is_terminal", lambda: True)
+    monkeypatch.setattr(console, "is_terminal", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("FORCE_COLOR", "1")  # what rich asks
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -66,9 +66,9 @@ def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 def test_progress_on_a_terminal_is_a_bar_that_closes_itself(terminal: pytest.CaptureFixture[str]):
     on_step = console.progress("[/x] sampling")
     on_step(Step(1, 2, "images", {"loss": 1.5}))
-    assert console._Bar.running is on_step
+    assert console.Bar.running is on_step
     on_step(Step(2, 2, "images", message="[bold] half \x1b"))
-    assert console._Bar.running is None
+    assert console.Bar.running is None
     seen = terminal.readouterr().err
     assert "[/x] sampling" in seen
     assert "2/2 images" in seen
@@ -80,7 +80,7 @@ def test_anything_printed_closes_the_bar_first(terminal: pytest.CaptureFixture[s
     on_step = console.progress("sampling")
     on_step(Step(1, 2))
     console.error("bad")
-    assert console._Bar.running is None
+    assert console.Bar.running is None
 
 
 def test_colour_obeys_no_color(terminal: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

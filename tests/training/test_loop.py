@@ -328,3 +328,14 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path):
         result = run_training(trainer, opened, LoopConfig(steps=4, sample_every=2), on_step=told.append)
     assert result.step == 4
     assert any("no such class" in (step.message or "") for step in told)
+
+
+def test_reports_carry_the_last_log_line_and_validation(tmp_path):
+    reports = []
+    train_toy(tmp_path / "run", steps=8, on_step=reports.append)
+    assert reports[0].details["validation"] == {} and reports[0].details["best"] is None
+    details, lines = reports[-1].details, read_log(tmp_path / "run")
+    last = {kind: [line for line in lines if line["kind"] == kind][-1] for kind in ("train", "validation")}
+    for kind in ("train", "validation"):
+        assert details[kind]["loss"] == last[kind]["loss"]
+    assert details["best"]["step"] in (7, 8) and details["seconds"] > 0

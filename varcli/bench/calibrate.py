@@ -49,18 +49,24 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
-def measure_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
-    """Time a large matrix product on random data and a large copy: 8192^3 and 1 GiB on a GPU, 2048^3 and 256 MiB elsewhere."""
+def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
+    """Time a large matrix product of random data, 8192^3 on a GPU and 2048^3 elsewhere. Returns TFLOP/s, of 1e12."""
     on_gpu = device.type == "cuda"
     side = 8192 if on_gpu else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    product_seconds = median_seconds(lambda: a @ b, device, repeats=20 if on_gpu else 3, warmup=5 if on_gpu else 1)
-    source = torch.empty(2**30 if on_gpu else 2**28, dtype=torch.uint8, device=device).random_()
+    seconds = median_seconds(lambda: a @ b, device, repeats=20 if on_gpu else 3, warmup=5 if on_gpu else 1)
+    return 2 * side**3 / seconds / 1e12
+
+
+def measure_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
+    """Time a large matrix product and a large copy, of 1 GiB on a GPU and 256 MiB elsewhere."""
+    matmul_tflops = measure_matmul(device, dtype)
+    source = torch.empty(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     copy_seconds = median_seconds(lambda: target.copy_(source), device, repeats=20)
     return Ceiling(
         device=device_name(device),
         dtype=str(dtype).removeprefix("torch."),
-        matmul_tflops=2 * side**3 / product_seconds / 1e12,
+        matmul_tflops=matmul_tflops,
         copy_gb_per_second=2 * source.numel() / copy_seconds / 1e9,
     )

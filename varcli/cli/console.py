@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from varcli.progress import OnStep, Step, format_seconds
 
@@ -78,15 +78,13 @@ def progress(description: str) -> OnStep:
     On a terminal a bar with done/total, rate, time left and the step's values; elsewhere a plain line every few seconds
     and at the end. It closes by itself when the job is done or something else is printed.
     """
-    if _is_terminal():
-        return _Bar(description)
-    return _Lines(description)
+    return Bar(description) if is_terminal() else Lines(description)
 
 
 def close_progress() -> None:
-    """Take the running bar, if there is one, off the terminal's last line."""
-    if _Bar.running is not None:
-        _Bar.running.stop()
+    """Take the running display, if there is one, off the terminal's last lines."""
+    if Display.running is not None:
+        Display.running.stop()
 
 
 def format_values(values: dict[str, float]) -> str:
@@ -94,12 +92,12 @@ def format_values(values: dict[str, float]) -> str:
     return "  ".join(f"{printable(name)} {value:.4g}" for name, value in values.items())
 
 
-class _Lines:
+class Lines:
     """Progress without a terminal: a line now and then."""
 
     def __init__(self, description: str) -> None:
         self.description = description
-        self.clock = _Clock()
+        self.clock = Clock()
         self.last_line = time.monotonic()
 
     def __call__(self, step: Step) -> None:
@@ -112,15 +110,39 @@ class _Lines:
             print(printable(f"{self.description}: {self.clock.describe(step)}"), file=sys.stderr, flush=True)
 
 
-class _Bar:
-    """Progress on a terminal: one live line, drawn by rich."""
+class Display:
+    """What rich keeps drawing on the terminal's last lines; one at a time."""
 
-    running: _Bar | None = None
+    running: ClassVar[Display | None] = None
+
+    def __init__(self) -> None:
+        self.display: Any = None
+
+    def show(self, display: Any) -> None:
+        """Begin to draw `display`, a Live or Progress of rich. Another one that still runs is closed first."""
+        close_progress()
+        self.display = display
+        self.display.start()
+        Display.running = self
+
+    def say(self, message: str) -> None:
+        """Print a line above what is drawn."""
+        self.display.console.print(printable(message), markup=False, highlight=False, emoji=False)
+
+    def stop(self) -> None:
+        """Leave what is drawn as it stands and give the terminal back."""
+        if self.display is not None:
+            self.display.stop()
+        self.display, Display.running = None, None
+
+
+class Bar(Display):
+    """Progress on a terminal: one live line."""
 
     def __init__(self, description: str) -> None:
+        super().__init__()
         self.description = description
-        self.clock = _Clock()
-        self.display: Any = None
+        self.clock = Clock()
         self.task: Any = None
 
     def __call__(self, step: Step) -> None:
@@ -128,58 +150,57 @@ class _Bar:
             self.start(step)
         self.clock.update(step)
         if step.message:
-            self.display.console.print(printable(step.message), markup=False, highlight=False, emoji=False)
+            self.say(step.message)
         self.display.update(self.task, completed=step.done, total=step.total, status=self.clock.describe(step))
         if step.done == step.total:
             self.stop()
 
     def start(self, step: Step) -> None:
-        """Draw the bar. Another one that still runs is closed first."""
+        """Draw the bar."""
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
-        close_progress()
-        self.clock = _Clock()
+        self.clock = Clock()
         columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24))
-        self.display = Progress(
+        display = Progress(
             *columns, TextColumn("{task.fields[status]}", markup=False), console=Console(stderr=True), transient=False
         )
-        self.task = self.display.add_task(printable(self.description), total=step.total, status="")
-        self.display.start()
-        _Bar.running = self
-
-    def stop(self) -> None:
-        """Leave the bar as it stands and give the terminal back."""
-        if self.display is not None:
-            self.display.stop()
-        self.display, _Bar.running = None, None
+        self.task = display.add_task(printable(self.description), total=step.total, status="")
+        self.show(display)
 
 
-class _Clock:
+class Clock:
     """Rate and time left, counted from the first step seen, so that a resumed job is not flattered by its past."""
 
     def __init__(self) -> None:
         self.first: tuple[int, float] | None = None
         self.last = 0  # units done; fewer than before means that another pass began
         self.rate: float | None = None  # units per second
+        self.seen = 0.0  # when the last report came, by time.monotonic
 
     def update(self, step: Step) -> None:
+        """Take a report."""
         now = time.monotonic()
         if self.first is None or step.done < self.last:
             self.first = (step.done, now)
-        self.last = step.done
+        self.last, self.seen = step.done, now
         done, seconds = step.done - self.first[0], now - self.first[1]
         self.rate = done / seconds if done > 0 and seconds > 0 else None
 
+    def seconds_left(self, step: Step) -> float | None:
+        """Seconds until all is done at this rate; None while it is not known."""
+        return None if step.total is None or not self.rate else (step.total - step.done) / self.rate
+
     def describe(self, step: Step) -> str:
+        """Write how far it is, how fast, and what is left, in one line."""
         parts = [
             f"{step.done:,}/{step.total:,} {step.unit}" if step.total is not None else f"{step.done:,} {step.unit}"
         ]
         if self.rate is not None:
             rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
             parts.append(f"{rate} {step.unit}/s")
-            if step.total is not None and step.done < step.total:
-                parts.append(f"{format_seconds((step.total - step.done) / self.rate)} left")
+            if left := self.seconds_left(step):
+                parts.append(f"{format_seconds(left)} left")
         if step.values:
             parts.append(format_values(step.values))
         return ", ".join(parts)
@@ -191,9 +212,10 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
     ]
 
 
-def _is_terminal() -> bool:
+def is_terminal() -> bool:
+    """Say whether stderr is a terminal that can be drawn on."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _has_colour() -> bool:
-    return _is_terminal() and not os.environ.get("NO_COLOR")
+    return is_terminal() and not os.environ.get("NO_COLOR")

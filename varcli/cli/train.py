@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from varcli.cli import console
+from varcli.cli.live import expect, training_progress
 from varcli.cli.options import ConfigFileOption, DeviceOption, JsonOption, ResumeOption, SetOption, collect_settings
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def train(
     and stops. All settings: TrainConfig in varcli/training/settings.py.
     """
     from varcli import config as configs
+    from varcli.devices import resolve_device
     from varcli.errors import ConfigError
     from varcli.training import TrainConfig, train_transformer
 
@@ -104,6 +106,12 @@ def train(
     settings = configs.from_dict(TrainConfig, values)
     default = f"d{settings.depth}" if init_from is None else f"{_model_name(Path(init_from))}-tuned"
     folder = out or Path("runs") / (name or default)
+    view = training_progress("training")
+
+    def announce(plan: TrainPlan) -> None:
+        console.note(describe_plan(plan, folder))
+        expect(view, plan, resolve_device(device))
+
     result = train_transformer(
         codes,
         folder,
@@ -113,8 +121,8 @@ def train(
         device=device,
         resume=resume,
         given=values.keys(),
-        on_step=console.progress("training"),
-        on_plan=lambda plan: console.note(describe_plan(plan, folder)),
+        on_step=view,
+        on_plan=announce,
         on_samples=draw_grid,
         on_evaluate=_evaluate,
     )

@@ -8,6 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from varcli.cli import console
+from varcli.cli.live import training_progress
 from varcli.cli.options import (
     ConfigFileOption,
     DeviceOption,
@@ -76,7 +77,7 @@ def train_tokenizer(
             device=own_device,
             resume=resume,
             given=values.keys(),
-            on_step=console.progress("training the tokenizer") if world.is_first else ignore,
+            on_step=training_progress("training") if world.is_first else ignore,
             on_validation=draw_curves,
             world=world,
         )

@@ -364,7 +364,17 @@ class _Loop:
             for name in (*self.trainer.shown, *names)
             if name in self.result.values
         }
-        self.on_step(Step(done=self.result.step, total=self.config.steps, values=values, message=message))
+        # what a display with more room may show: the last log line and validation, which are replaced, never changed
+        details = {"train": self.result.values, "validation": self.result.validation, "best": self.result.best}
+        self.on_step(
+            Step(
+                done=self.result.step,
+                total=self.config.steps,
+                values=values,
+                message=message,
+                details={**details, "seconds": self.result.seconds},
+            )
+        )
         self.last_report = time.monotonic()
 
 

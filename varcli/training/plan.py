@@ -31,6 +31,7 @@ class TrainPlan:
     width: int  # its channels
     num_parameters: int  # its weights
     tokens_per_image: int  # L
+    vocab_size: int  # codes to choose from
     num_images: int  # to train on
     num_views: int  # stored views of an image, at most
     num_validation: int  # rows to validate on; 0 is none

@@ -274,6 +274,7 @@ class TransformerTrainer(Trainer):
             width=self.model_config.width,
             num_parameters=self.model.num_parameters,
             tokens_per_image=self.order.seq_len,
+            vocab_size=self.model_config.vocab_size,
             num_images=self.source.num_images,
             num_views=int(self.source.num_views.max()),
             num_validation=0 if self.validation is None else len(self.validation.labels),
