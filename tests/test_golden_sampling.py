@@ -21,7 +21,8 @@ from torch import Tensor
 
 from varcli.interop.official import load_quantizer, load_tokenizer, load_transformer
 from varcli.sampling import Generator, SampleConfig
-from varcli.sampling.logits import draw, truncate
+from varcli.sampling.logits import draw, guide, truncate
+from varcli.sampling.walk import walk_steps
 from varcli.tokenizer import TokenizerConfig
 
 SAMPLED = [case for case in cases("var", having="sampling.safetensors") if case.tokenizer_case().folder.is_dir()]
@@ -55,13 +56,14 @@ def walk(case: Case, labels_B: Tensor, cfg: float, choose: Choose) -> tuple[Tens
     generator, _ = models_of(case)
     codes, logits = [], []
 
-    def look_up(step: int, logits_BlV: Tensor) -> Tensor:
-        logits.append(logits_BlV)
-        codes.append(choose(step, logits_BlV))
+    def look_up(step: int, wanted_BlV: Tensor, unwanted_BlV: Tensor | None, strength: float) -> Tensor:
+        logits.append(guide(wanted_BlV, unwanted_BlV, strength))
+        codes.append(choose(step, logits[-1]))
         return generator.order.lookup(codes[-1])
 
-    f_hat = generator.walk(labels_B, look_up, SampleConfig(cfg=cfg))
-    return torch.cat(codes, dim=1), torch.cat(logits, dim=1), f_hat
+    config = SampleConfig(cfg=cfg)
+    *_, state = walk_steps(generator.transformer, generator.order, labels_B, look_up, config, torch.float32)
+    return torch.cat(codes, dim=1), torch.cat(logits, dim=1), generator.order.finish(state)
 
 
 def stored(prefix: str) -> pytest.MarkDecorator:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
@@ -18,6 +18,11 @@ from varcli.cli.options import (
     PrecisionOption,
     SeedOption,
 )
+
+if TYPE_CHECKING:
+    from varcli.sampling import Generator
+
+_COMPILE_FROM = 1000  # images a process
 
 
 def sample(
@@ -34,6 +39,15 @@ def sample(
     cfg: Annotated[float | None, Option("--cfg", help="Guidance in VAR's convention: 0 is none. Default: 1.5.")] = None,
     cfg_schedule: Annotated[
         str | None, Option("--cfg-schedule", help="linear, cosine or constant over the scales. Default: linear.")
+    ] = None,
+    cfg_interval: Annotated[
+        str | None,
+        Option(
+            "--cfg-interval",
+            metavar="FROM,TO",
+            help="Shares of the scales, such as 0,0.5, between which guidance is on; it costs nothing after TO. "
+            "Default: 0,1.",
+        ),
     ] = None,
     top_k: Annotated[
         int | None, Option("--top-k", help="Draw from the k likeliest codes; 0 draws from all. Default: 900.")
@@ -54,6 +68,9 @@ def sample(
     batch_size: BatchSizeOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
+    compile_: Annotated[
+        str, Option("--compile", help="on, off, or auto: torch.compile on a GPU from 1,000 images on.")
+    ] = "auto",
     json: JsonOption = False,
 ) -> None:
     """Draw images: a folder of PNGs and a grid. Run again, it draws only what is missing.
@@ -66,7 +83,7 @@ def sample(
     """
     from varcli import config as configs
     from varcli.distributed import join_world
-    from varcli.errors import ConfigError
+    from varcli.errors import ConfigError, unknown_name
     from varcli.progress import ignore
     from varcli.sampling import Generator, SampleConfig
     from varcli.sampling.models import find_model
@@ -80,14 +97,17 @@ def sample(
         raise ConfigError("`--per-class` goes with `--classes all`", "use --n for the images of each --class")
     if top_k is not None and top_k < 0:
         raise ConfigError(f"`--top-k` must be 0 or more, but is {top_k}")
+    if compile_ not in ("auto", "on", "off"):
+        raise unknown_name("value of --compile", compile_, ["auto", "on", "off"])
     found = find_model(model)
     given = {"cfg": cfg, "cfg_schedule": cfg_schedule, "top_k": top_k, "top_p": top_p, "smooth": smooth}
+    given["cfg_interval"] = None if cfg_interval is None else _parse_interval(cfg_interval)
     given = {name: value for name, value in given.items() if value is not None}
     given |= {"top_k": None} if top_k == 0 else {}
     with join_world(device) as (world, own_device):
         if world.is_first:
             console.note(f"model: {found.description}")
-        generator = Generator.load(found.folder, own_device)
+        generator = Generator.load(found.folder, own_device, precision)
         suggested = {} if given else generator.suggested  # one setting of one's own, and the rest are the usual ones
         if suggested and world.is_first:
             values = ", ".join(f"{name} {value}" for name, value in suggested.items())
@@ -101,6 +121,8 @@ def sample(
             count = per_class or n or 4
             columns = count if count <= 16 else None
         wanted = [(number, index) for number in dict.fromkeys(numbers) for index in range(count)]
+        if compile_ == "on" or (compile_ == "auto" and _is_worth_compiling(generator, len(wanted), world.size)):
+            generator.compile()
         result = sample_to_folder(
             generator,
             wanted,
@@ -124,3 +146,16 @@ def sample(
     console.report(value, json, f"{result.num_images:,} images in {result.folder}; look at {result.grid}")
     if not json:
         console.note(f"next: varcli eval {result.folder}")
+
+
+def _is_worth_compiling(generator: Generator, count: int, num_processes: int) -> bool:
+    return generator.device.type == "cuda" and count >= _COMPILE_FROM * num_processes
+
+
+def _parse_interval(text: str) -> tuple[float, ...]:
+    from varcli.errors import ConfigError
+
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"`--cfg-interval` takes two numbers such as 0,0.5, but got `{text}`") from None

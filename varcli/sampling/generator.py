@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +14,20 @@ from torch import Tensor
 
 from varcli import config as configs
 from varcli.data.classes import ClassNames
-from varcli.devices import autocast, resolve_device, resolve_precision
-from varcli.errors import ArtifactError, ConfigError, NumericError, unknown_name
+from varcli.devices import autocast, precision_name, resolve_device, resolve_precision
+from varcli.errors import ArtifactError, ConfigError, MemoryLimitError, NumericError, unknown_name
 from varcli.order import ORDERS
-from varcli.sampling.logits import CFG_SCHEDULES, draw, guide, smooth_vectors, truncate
+from varcli.sampling.choose import CodeChooser
+from varcli.sampling.engine import Engine
+from varcli.sampling.memory import choose_batch_size, choose_decode_chunk
 from varcli.sampling.models import find_model
 from varcli.sampling.noise import KeyedNoise, Noise
+from varcli.sampling.settings import SampleConfig
+from varcli.sampling.walk import walk_steps
 from varcli.tokenizer import VQVAE
 from varcli.tokenizer.store import load_tokenizer
 from varcli.transformer import Transformer
 from varcli.transformer.store import load_transformer
-
-Choose = Callable[[int, Tensor], Tensor]
-
-_MAX_NOISE = 2**26  # numbers of one step's noise: bounds what a batch takes besides the model
-_STREAM_CODES, _STREAM_SMOOTH = 0, 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """How codes are drawn. The defaults are those of the paper's FIDs."""
-
-    cfg: float = 1.5  # classifier-free guidance in VAR's convention: 0 is none
-    cfg_schedule: str = "linear"  # how guidance grows with the steps; a name of CFG_SCHEDULES
-    top_k: int | None = 900  # codes a draw may choose from; None is off
-    top_p: float | None = 0.96  # probability those of them keep; None is off
-    smooth: bool = False  # blend code vectors instead of picking one; nicer to look at, never for a metric
-    seed: int = 0  # image i of a class depends on (seed, class, i) alone
-    precision: str = "auto"  # auto, fp32, bf16 or fp16
-
-    def __post_init__(self) -> None:
-        if self.cfg_schedule not in CFG_SCHEDULES:
-            raise unknown_name("guidance schedule", self.cfg_schedule, CFG_SCHEDULES)
-        if not self.cfg >= 0:
-            raise ConfigError(f"cfg must be 0 or more, but is {self.cfg}", "0 is no guidance, 1.5 the paper's, 4 vivid")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k must be at least 1, but is {self.top_k}", "leave it out to draw from all codes")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be above 0 and at most 1, but is {self.top_p}", "1 draws from all codes")
 
 
 class Generator:
@@ -88,15 +63,20 @@ class Generator:
             )
         self.classes = ClassNames.of(classes, config.num_classes)
         self.device = next(transformer.parameters()).device
+        self._to_pixels = to_pixels
+        self._batch_sizes: dict[tuple[bool, torch.dtype], int] = {}  # with guidance or without, by precision
+        self._engine: Engine | None = None
+        self._engine_key: tuple[SampleConfig, int] | None = None
 
     @classmethod
-    def load(cls, name: str | Path | None = None, device: str = "auto") -> Generator:
+    def load(cls, name: str | Path | None = None, device: str = "auto", precision: str = "auto") -> Generator:
         """Load a model or run by path or name; None takes the newest run in runs/, else the one that comes with varcli.
 
+        precision: of `SampleConfig`; in half precision the transformer takes half the memory, and samples in that alone.
         Raises ArtifactError if there is none, it is damaged, or tokenizer and transformer do not belong together.
         """
         folder, where = find_model(name).folder, resolve_device(device)
-        transformer, manifest = load_transformer(folder / "transformer", where)
+        transformer, manifest = load_transformer(folder / "transformer", where, resolve_precision(precision, where))
         tokenizer = load_tokenizer(folder / "tokenizer", where)
         wanted, found = manifest.info.get("tokenizer"), tokenizer.fingerprint()
         if wanted is not None and wanted != found:
@@ -130,14 +110,54 @@ class Generator:
         """
         config = configs.replace(config or SampleConfig(), settings)
         numbers, indices = self._number(classes, indices)
-        size = batch_size or self.default_batch_size
+        while True:
+            size = min(batch_size or self.batch_size(config), len(numbers))
+            try:
+                return self._sample_by(size, numbers, indices, config)
+            except torch.OutOfMemoryError:
+                self._engine, self._engine_key = None, None
+                if batch_size is not None or size == 1:
+                    raise MemoryLimitError(
+                        f"there is too little memory on {self.device} to draw {size} images at once",
+                        "use --batch-size 1, --precision bf16 or --device cpu, or close what else uses the device",
+                    ) from None
+                self._batch_sizes[bool(config.cfg), self.dtype(config)] = size // 2
+                torch.cuda.empty_cache()
+
+    def _sample_by(self, size: int, numbers: list[int], indices: list[int], config: SampleConfig) -> Tensor:
+        """Draw in batches of `size` images."""
+        engine = self._engine_for(config, size, num_batches=-(-len(numbers) // size))
         parts = []
         for start in range(0, len(numbers), size):
             batch, places = numbers[start : start + size], indices[start : start + size]
+            if engine is not None:
+                parts.append(engine.draw(batch, places).cpu())
+                continue
             noise = KeyedNoise(config.seed, batch, places, self.device)
             f_hat = self.generate(torch.tensor(batch, device=self.device), noise, config)
             parts.append(self.decode(f_hat, config).cpu())
         return torch.cat(parts)
+
+    def _engine_for(self, config: SampleConfig, size: int, num_batches: int) -> Engine | None:
+        """Return what draws batches of `size` fastest: None where nothing is gained, as for a single batch."""
+        if self.device.type != "cuda":
+            return None
+        is_known = self._engine_key == (config, size)
+        self._engine_key, self._engine = (config, size), self._engine if is_known else None
+        if self._engine is None and (is_known or num_batches > 1):
+            self._engine = Engine(self, config, size)
+        return self._engine
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Let torch.compile fuse the transformer's steps and the decoder: a minute once, for many images to come.
+
+        backend: of torch.compile. Equal codes then give pictures that may differ by rounding.
+        """
+        self._engine, self._engine_key = None, None
+        self.transformer.compile_steps(backend)
+        if self.device.type == "cuda":
+            self.tokenizer.to(memory_format=torch.channels_last)  # slower than before unless it is compiled
+        self._to_pixels = torch.compile(to_pixels, backend=backend, dynamic=False)
 
     def stream(
         self,
@@ -153,39 +173,60 @@ class Generator:
         """
         config = configs.replace(config or SampleConfig(), settings)
         numbers, indices = self._number(classes, indices)
-        noise = KeyedNoise(config.seed, numbers, indices, self.device)
+        chooser = self._chooser(KeyedNoise(config.seed, numbers, indices, self.device), config)
         labels_B = torch.tensor(numbers, device=self.device)
-        for f_hat in self._generate_steps(labels_B, noise, config):
-            yield self.decode(f_hat, config).cpu()
+        for state in walk_steps(self.transformer, self.order, labels_B, chooser, config, self.dtype(config)):
+            self.require_finite(chooser.is_bad, config)
+            yield self.decode(self._settle(self.order.finish(state), chooser.drawn), config).cpu()
 
-    @property
-    def default_batch_size(self) -> int:
-        """Images at a time whose noise fits a fixed budget: 24 at 256 px, 512 for small models."""
-        config = self.transformer.config
-        return max(1, min(512, _MAX_NOISE // (max(config.step_lengths) * config.vocab_size)))
+    def batch_size(self, config: SampleConfig) -> int:
+        """Images at a time that fit the device's memory, at most 256 on a GPU; fewer once that many did not fit."""
+        key = bool(config.cfg), self.dtype(config)
+        if key not in self._batch_sizes:
+            self._batch_sizes[key] = choose_batch_size(
+                self.transformer.config, self.tokenizer.config, key[1], key[0], self.device
+            )
+        return self._batch_sizes[key]
+
+    def dtype(self, config: SampleConfig) -> torch.dtype:
+        """Precision of matrix products. Raises ConfigError for another one than the weights were loaded in."""
+        stored = self.transformer.output_projection.weight.dtype
+        if stored == torch.float32:
+            return resolve_precision(config.precision, self.device)
+        if config.precision != "auto" and resolve_precision(config.precision, self.device) != stored:
+            raise ConfigError(
+                f"the model was loaded in {precision_name(stored)}, but precision is {config.precision}",
+                f"load it with precision={config.precision!r}",
+            )
+        return stored
 
     def generate(self, labels_B: Tensor, noise: Noise, config: SampleConfig) -> Tensor:
-        """Draw the codes of a batch of class numbers, step by step; return f_hat (B, Z, h, w), float32."""
-        drawn: list[Tensor] = []
-        f_hat = self.walk(labels_B, self._drawing(noise, config, drawn), config)
-        return self._settle(f_hat, drawn)
+        """Draw the codes of a batch of class numbers, step by step; return f_hat (B, Z, h, w), float32.
 
-    @torch.no_grad()
-    def _generate_steps(self, labels_B: Tensor, noise: Noise, config: SampleConfig) -> Iterator[Tensor]:
-        """Draw as `generate` does; yield what f_hat is after each step."""
-        drawn: list[Tensor] = []
-        for state in self._steps(labels_B, self._drawing(noise, config, drawn), config):
-            yield self._settle(self.order.finish(state), drawn)
+        Raises NumericError if a logit is no finite number.
+        """
+        f_hat, is_bad = self.generate_unchecked(labels_B, noise, config)
+        self.require_finite(is_bad, config)
+        return f_hat
 
-    def _drawing(self, noise: Noise, config: SampleConfig, drawn: list[Tensor]) -> Choose:
-        """Return how vectors are chosen: from truncated logits, by `noise`; they are added to `drawn`."""
+    def generate_unchecked(self, labels_B: Tensor, noise: Noise, config: SampleConfig) -> tuple[Tensor, Tensor]:
+        """Do as `generate` without waiting for the device: return f_hat, and what `require_finite` reads."""
+        chooser = self._chooser(noise, config)
+        *_, state = walk_steps(self.transformer, self.order, labels_B, chooser, config, self.dtype(config))
+        return self._settle(self.order.finish(state), chooser.drawn), chooser.is_bad
 
-        def choose(step: int, logits_BlV: Tensor) -> Tensor:
-            logits_BlV = truncate(logits_BlV, config.top_k, config.top_p)
-            drawn.append(self._draw_vectors(logits_BlV, noise, step, config))
-            return drawn[-1]
+    def require_finite(self, is_bad: Tensor, config: SampleConfig) -> None:
+        """Raise NumericError if a generation met logits that are no finite numbers. is_bad: 0-d, 1 if it did."""
+        if is_bad.item():
+            raise NumericError(
+                "the transformer's logits are not finite",
+                "use --precision bf16 or fp32"
+                if self.dtype(config) == torch.float16
+                else "its training has diverged: look at the losses in the run's metrics.jsonl",
+            )
 
-        return choose
+    def _chooser(self, noise: Noise, config: SampleConfig) -> CodeChooser:
+        return CodeChooser(self.order, self.tokenizer.quantizer.codebook.weight.float(), noise, config)
 
     @torch.no_grad()
     def _settle(self, f_hat: Tensor, drawn: Sequence[Tensor]) -> Tensor:
@@ -198,53 +239,12 @@ class Generator:
         return torch.cat([self._assemble([vectors[i : i + 1] for vectors in drawn]) for i in range(len(f_hat))])
 
     @torch.no_grad()
-    def walk(self, labels_B: Tensor, choose: Choose, config: SampleConfig) -> Tensor:
-        """Go through every step with cached keys and values; return f_hat (B, Z, h, w), float32.
-
-        choose: from (step, guided logits (B, l, V), float32) to the vectors (B, l, Z) that the step adds. Whoever wants
-        to record logits, or to force some codes, does it there.
-        """
-        # around all steps, so that autocast turns each weight once
-        with autocast(self.device, resolve_precision(config.precision, self.device)):
-            *_, state = self._steps(labels_B, choose, config)
-        return self.order.finish(state)
-
-    @torch.no_grad()
-    def _steps(self, labels_B: Tensor, choose: Choose, config: SampleConfig) -> Iterator[Any]:
-        """Yield the order's state after each step; `choose` as in `walk`."""
-        dtype = resolve_precision(config.precision, self.device)
-        batch, last = len(labels_B), max(len(self.order.step_lengths) - 1, 1)
-        rows = labels_B
-        if config.cfg:
-            rows = torch.cat((labels_B, torch.full_like(labels_B, self.transformer.config.num_classes)))
-        state, x_BlZ = self.order.start(batch, self.device), None
-        with autocast(self.device, dtype):
-            cache = self.transformer.start_cache(rows)
-        for step in range(len(self.order.step_lengths)):
-            with autocast(self.device, dtype):
-                features = x_BlZ.repeat(len(rows) // batch, 1, 1) if x_BlZ is not None else None
-                logits = self.transformer.step(features, cache).float()
-                if not torch.isfinite(logits).all():
-                    raise NumericError(
-                        f"the transformer's logits at step {step} are not finite",
-                        "use --precision bf16 or fp32"
-                        if dtype == torch.float16
-                        else "its training has diverged: look at the losses in the run's metrics.jsonl",
-                    )
-                if config.cfg:
-                    share = CFG_SCHEDULES[config.cfg_schedule](step / last)
-                    logits = guide(*logits.split(batch), config.cfg * share)
-                state, x_BlZ = self.order.advance(state, step, choose(step, logits))
-            yield state
-
-    @torch.no_grad()
     def decode(self, f_hat_BZhw: Tensor, config: SampleConfig | None = None) -> Tensor:
-        """Turn feature maps into uint8 images (B, 3, H, W), rounded to the nearest level."""
-        dtype = resolve_precision((config or SampleConfig()).precision, self.device)
-        chunk = 1 if self.device.type == "cpu" else len(f_hat_BZhw)  # as in `generate`
+        """Turn feature maps into uint8 images (B, 3, H, W), rounded to the nearest level, a few at a time."""
+        dtype = self.dtype(config or SampleConfig())
+        chunk = choose_decode_chunk(len(f_hat_BZhw), self.tokenizer.config, self.device)
         with autocast(self.device, dtype):
-            images = torch.cat([self.tokenizer.decode(part) for part in f_hat_BZhw.split(chunk)])
-        return ((images.float() + 1) * 127.5).round().to(torch.uint8)
+            return torch.cat([self._to_pixels(self.tokenizer, part) for part in f_hat_BZhw.split(chunk)])
 
     def _assemble(self, vectors: Sequence[Tensor]) -> Tensor:
         """Put the vectors (B, l, Z) of every step together to f_hat (B, Z, h, w)."""
@@ -252,16 +252,6 @@ class Generator:
         for step, vectors_BlZ in enumerate(vectors):
             state, _ = self.order.advance(state, step, vectors_BlZ)
         return self.order.finish(state)
-
-    def _draw_vectors(self, logits_BlV: Tensor, noise: Noise, step: int, config: SampleConfig) -> Tensor:
-        """Return the vectors (B, l, Z) of truncated logits."""
-        _, length, vocab_size = logits_BlV.shape
-        if not config.smooth:
-            return self.order.lookup(draw(logits_BlV, noise(step, _STREAM_CODES, length, vocab_size)))
-        progress = step / max(len(self.order.step_lengths) - 1, 1)
-        gumbel = noise(step, _STREAM_SMOOTH, length, vocab_size)
-        with torch.autocast(self.device.type, enabled=False):
-            return smooth_vectors(logits_BlV, gumbel, self.tokenizer.quantizer.codebook.weight.float(), progress)
 
     def _number(self, classes: Sequence[int | str], indices: Sequence[int] | None) -> tuple[list[int], list[int]]:
         """Return the class number of each image asked for, and which image of its class it is."""
@@ -286,3 +276,8 @@ class Generator:
             entry = operator.index(entry)  # numpy's and torch's whole numbers, too
         no_class = self.transformer.config.num_classes
         return no_class if entry == no_class else self.classes.resolve(entry)
+
+
+def to_pixels(tokenizer: VQVAE, f_hat_BZhw: Tensor) -> Tensor:
+    """Decode feature maps to uint8 images (B, 3, H, W)."""
+    return ((tokenizer.decode(f_hat_BZhw).float() + 1) * 127.5).round().to(torch.uint8)

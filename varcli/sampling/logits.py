@@ -18,9 +18,11 @@ CFG_SCHEDULES: dict[str, Callable[[float], float]] = {
 """Share of the guidance in force at progress k / (K - 1); VAR's is `linear`, which leaves the first step alone."""
 
 
-def guide(wanted_BlV: Tensor, unwanted_BlV: Tensor, strength: float) -> Tensor:
-    """Classifier-free guidance in VAR's convention: (1 + t) * wanted - t * unwanted."""
-    return (1 + strength) * wanted_BlV - strength * unwanted_BlV
+def guide(wanted_BlV: Tensor, unwanted_BlV: Tensor | None, strength: float) -> Tensor:
+    """Classifier-free guidance in VAR's convention: (1 + t) * wanted - t * unwanted, in float32; None is no guidance."""
+    if unwanted_BlV is None:
+        return wanted_BlV.float()
+    return (1 + strength) * wanted_BlV.float() - strength * unwanted_BlV.float()
 
 
 def truncate(logits_BlV: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:

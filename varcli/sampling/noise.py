@@ -2,6 +2,7 @@
 
 Each number is -log(u), u a hash of (seed, class, index, step, stream, position, code): splitmix64's finaliser in
 64-bit integers, which wrap the same everywhere. Source of the mixer: Steele et al., 2014, doi:10.1145/2660193.2660195.
+On a GPU varcli.kernels.draw_triton makes the same numbers where they are used.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ def _signed(value: int) -> int:
 
 
 _GOLDEN, _MIX_1, _MIX_2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+STREAM_CODES, STREAM_SMOOTH = 0, 1  # what noise is for
 _BITS = 23  # of u: with the half that keeps it inside (0, 1) float32 holds it exactly, so u never rounds to 1
 
 
@@ -26,7 +28,7 @@ class Noise(Protocol):
     """Where a generator takes its randomness from."""
 
     def __call__(self, step: int, stream: int, length: int, vocab_size: int) -> Tensor:
-        """Exp(1) numbers (B, length, vocab_size), float32; stream 0 is for codes, 1 for smooth vectors."""
+        """Exp(1) numbers (B, length, vocab_size), float32; stream: STREAM_CODES or STREAM_SMOOTH."""
 
 
 class KeyedNoise:
@@ -39,9 +41,13 @@ class KeyedNoise:
             keys = _mix(keys + _GOLDEN + values)
         self.keys_B = keys
 
+    def keys(self, step: int, stream: int) -> Tensor:
+        """The images' keys of one step and stream, int64 (B,)."""
+        return _mix(_mix(self.keys_B + _signed(_GOLDEN * (2 * step + stream + 1))))
+
     def __call__(self, step: int, stream: int, length: int, vocab_size: int) -> Tensor:
         """See `Noise`."""
-        keys = _mix(_mix(self.keys_B + _signed(_GOLDEN * (2 * step + stream + 1))))
+        keys = self.keys(step, stream)
         counter = torch.arange(1, length * vocab_size + 1, dtype=torch.int64, device=keys.device)
         bits = _mix(keys.unsqueeze(1) + counter * _GOLDEN)
         return exponential(bits).view(-1, length, vocab_size)

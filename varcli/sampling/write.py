@@ -11,10 +11,10 @@ import torch
 
 from varcli import config as configs
 from varcli.data.samples import GRID_NAME, SamplesWriter, sample_class, write_sample
-from varcli.devices import resolve_precision
 from varcli.distributed import ALONE, World
 from varcli.progress import OnStep, Step, ignore
-from varcli.sampling.generator import Generator, SampleConfig
+from varcli.sampling.generator import Generator
+from varcli.sampling.settings import SampleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def sample_to_folder(
     Raises ConfigError if `out` holds samples made with other settings, ArtifactError if it cannot be written.
     """
     config = config or SampleConfig()
-    precision = str(resolve_precision(config.precision, generator.device)).removeprefix("torch.")
+    precision = str(generator.dtype(config)).removeprefix("torch.")
     settings = {**configs.to_dict(config), "precision": precision, "tokenizer": generator.tokenizer.fingerprint()}
     settings |= {"transformer": generator.weights_sha256, "model": model, "classes": list(generator.classes.names)}
     info = {
@@ -57,7 +57,7 @@ def sample_to_folder(
         "guidance": "(1 + t) * cond - t * uncond",
         **({"reference": generator.source} if generator.source else {}),
     }
-    size = batch_size or generator.default_batch_size
+    size = batch_size or generator.batch_size(config)
     with ExitStack() as stack:
         writer = stack.enter_context(SamplesWriter(out, settings)) if world.is_first else None
         missing = _tell_missing(writer, wanted, world)
@@ -65,7 +65,7 @@ def sample_to_folder(
         for start in range(0, len(own), size):
             batch = own[start : start + size]
             classes, indices = zip(*batch, strict=True)
-            images = generator.sample(classes, indices, config, batch_size=size)
+            images = generator.sample(classes, indices, config, batch_size=batch_size)
             for (class_index, index), image in zip(batch, images, strict=True):
                 write_sample(out, class_index, index, image)
             on_step(Step(min(world.size * (start + len(batch)), len(missing)), len(missing), unit="images"))

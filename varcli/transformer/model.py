@@ -7,7 +7,7 @@ with a key/value cache. Both give the same logits. Source: VAR, arXiv:2404.02905
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,16 @@ class KVCache:
     head_modulation: tuple[Tensor, Tensor]  # scale and shift (B, 1, C) of the last norm
     step: int = 0  # steps done
     position: int = 0  # tokens done
+
+    def first(self, batch: int) -> KVCache:
+        """The same state of the first `batch` samples alone, sharing their memory."""
+        return replace(
+            self,
+            layers=[LayerCache(layer.keys[:batch], layer.values[:batch]) for layer in self.layers],
+            condition_BC=self.condition_BC[:batch],
+            modulations=[modulation[:batch] for modulation in self.modulations],
+            head_modulation=tuple(part[:batch] for part in self.head_modulation),
+        )
 
 
 class Transformer(nn.Module):
@@ -149,13 +159,13 @@ class Transformer(nn.Module):
             for start in starts
         ]
 
-    def compile_steps(self) -> None:
+    def compile_steps(self, backend: str = "inductor") -> None:
         """Let torch.compile fuse what blocks do before and after attention, step by step.
 
-        One block is compiled for all, for steps of one token and for longer ones.
+        One block is compiled for all, for steps of one token and for longer ones. backend: of torch.compile.
         """
-        self._before_attention = torch.compile(cached_queries)
-        self._after_attention = torch.compile(Block.after_attention)
+        self._before_attention = torch.compile(cached_queries, backend=backend)
+        self._after_attention = torch.compile(Block.after_attention, backend=backend)
 
     @torch.no_grad()
     def step(self, x_BlZ: Tensor | None, cache: KVCache) -> Tensor:
@@ -210,6 +220,15 @@ class Transformer(nn.Module):
         return weight.dtype
 
     # -- weights -------------------------------------------------------------------------------------------------
+
+    def keep_products_in(self, dtype: torch.dtype) -> None:
+        """Keep the weights of matrix products in half precision: what autocast computes, without its copies.
+
+        The input projection, embeddings, temperatures and the biases of queries and values stay float32.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module is not self.input_projection:
+                module.to(dtype)
 
     def undecayed_parameters(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone: biases, positions, steps, temperatures, offsets."""

@@ -39,9 +39,12 @@ def save_transformer(
     return write_manifest(folder, KIND, {"config": configs.to_dict(model.config), **info}, files=[WEIGHTS_NAME])
 
 
-def load_transformer(folder: Path, device: torch.device | str = "cpu") -> tuple[Transformer, Manifest]:
-    """Read a transformer folder in float32, ready for inference, with its manifest.
+def load_transformer(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Transformer, Manifest]:
+    """Read a transformer folder, ready for inference, with its manifest.
 
+    dtype: what matrix products are computed in, see `Transformer.keep_products_in`; the device never holds more.
     Raises ArtifactError (IntegrityError for changed bytes) if it is not whole or its weights do not fit its config.
     """
     manifest = read_manifest(folder, KIND)
@@ -53,4 +56,6 @@ def load_transformer(folder: Path, device: torch.device | str = "cpu") -> tuple[
     with torch.device("meta"):  # the weights come from the file: drawing them first would be work for nothing
         model = Transformer(config)
     load_state(model, {name: tensor.float() for name, tensor in state.items()}, folder, assign=True)
+    if dtype != torch.float32:
+        model.keep_products_in(dtype)
     return model.to(device).eval().requires_grad_(False), manifest

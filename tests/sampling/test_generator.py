@@ -1,0 +1,129 @@
+"""Laws of the generator's ways to be fast and small: half weights, compiled steps, fewer rows, smaller batches."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from varcli.errors import ConfigError, MemoryLimitError
+from varcli.sampling import Generator, SampleConfig
+from varcli.sampling.memory import choose_batch_size, choose_decode_chunk, image_bytes
+from varcli.sampling.walk import walk_steps
+from varcli.tokenizer import TokenizerConfig
+from varcli.transformer import TransformerConfig
+
+
+@pytest.fixture
+def generator(tiny_tokenizer, tiny_transformer):
+    torch.manual_seed(2)
+    for parameter in tiny_transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return Generator(tiny_tokenizer, tiny_transformer.requires_grad_(False), ("apple", "boat", "cat"))
+
+
+def logits_along(generator: Generator, config: SampleConfig, codes: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    """Walk with given codes; return each step's logits, wanted and unwanted."""
+    seen = []
+
+    def choose(step: int, wanted_BlV: Tensor, unwanted_BlV: Tensor | None, strength: float) -> Tensor:
+        seen.append((wanted_BlV, unwanted_BlV))
+        return generator.order.lookup(codes[step])
+
+    labels_B = torch.tensor([0, 2])
+    list(walk_steps(generator.transformer, generator.order, labels_B, choose, config, generator.dtype(config)))
+    return seen
+
+
+@pytest.fixture
+def codes():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(16, (2, length), generator=generator) for length in (1, 4, 16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_kept_in_half_precision_give_what_autocast_gives_bit_for_bit(generator, codes, dtype):
+    precision = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    expected = logits_along(generator, SampleConfig(precision=precision), codes)
+    half = Generator(generator.tokenizer, copy.deepcopy(generator.transformer))
+    half.transformer.keep_products_in(dtype)
+    for (wanted, unwanted), (found, other) in zip(expected, logits_along(half, SampleConfig(), codes), strict=True):
+        assert found.dtype == dtype and torch.equal(found, wanted)
+        assert (unwanted is None) == (other is None) and (other is None or torch.equal(other, unwanted))
+
+
+def test_a_model_in_half_precision_samples_in_that_alone(generator):
+    generator.transformer.keep_products_in(torch.bfloat16)
+    with pytest.raises(ConfigError, match="loaded in bf16, but precision is fp32"):
+        generator.sample([0], precision="fp32")
+    assert torch.equal(generator.sample([0], precision="bf16"), generator.sample([0]))
+
+
+def test_after_the_end_of_guidance_the_rows_of_no_class_are_left_out_and_the_rest_is_the_same(generator, codes):
+    whole = logits_along(generator, SampleConfig(cfg=2.0, cfg_schedule="constant"), codes)
+    ended = logits_along(generator, SampleConfig(cfg=2.0, cfg_schedule="constant", cfg_interval=(0, 0.5)), codes)
+    assert [unwanted is None for _, unwanted in whole] == [False, False, False]
+    assert [unwanted is None for _, unwanted in ended] == [False, False, True]
+    for (expected, _), (found, _) in zip(whole, ended, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_guidance_is_that_of_the_schedule_inside_the_interval_and_none_outside():
+    config = SampleConfig(cfg=3.0, cfg_interval=[0.25, 0.75])
+    assert config.guidance(5) == [0.0, 0.75, 1.5, 2.25, 0.0]
+    assert SampleConfig(cfg=3.0).guidance(1) == [0.0]
+    for wrong in ((0.5, 0.2), (0, 2), (0.5,)):
+        with pytest.raises(ConfigError, match="cfg_interval"):
+            SampleConfig(cfg_interval=wrong)
+
+
+def test_compiled_steps_are_two_graphs_a_half_and_give_the_same_pictures(generator):
+    expected = generator.sample([0, 1, 2])
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    generator.compile(backend="aot_eager")
+    found = generator.sample([0, 1, 2])
+    # before and after attention, each for one token and for more, however many blocks and steps; and the decoder
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 5
+    assert (found.int() - expected.int()).abs().max() <= 1
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_pictures_stay(generator, monkeypatch):
+    expected = generator.sample([0, 1, 2, 0, 1])
+    sizes, generate = [], generator.generate
+
+    def full(labels_B, *rest):
+        sizes.append(len(labels_B))
+        if len(labels_B) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(labels_B, *rest)
+
+    monkeypatch.setattr(generator, "generate", full)
+    assert torch.equal(generator.sample([0, 1, 2, 0, 1]), expected)
+    assert sizes == [5, 2, 2, 1]
+    assert generator.batch_size(SampleConfig()) == 2  # remembered
+    with pytest.raises(MemoryLimitError, match="too little memory on cpu to draw 3 images at once"):
+        generator.sample([0, 1, 2], batch_size=3)
+
+
+def test_memory_is_that_of_the_models_measured_before():
+    """d30 at 256 px: keys and values of 64 guided images in bf16 are 12.5 GiB, so that with 4 GiB of weights 24 GB do."""
+    config = TransformerConfig.from_depth(30)
+    assert 64 * image_bytes(config, torch.bfloat16, is_guided=True) / 2**30 == pytest.approx(14.6, abs=1.5)
+    cpu = torch.device("cpu")
+    assert choose_batch_size(config, TokenizerConfig(), torch.float32, True, cpu) == 64
+    assert choose_decode_chunk(24, TokenizerConfig(), cpu) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("smooth", [False, True])
+def test_a_captured_batch_gives_the_pictures_of_an_uncaptured_one(generator, smooth):
+    model = Generator(generator.tokenizer.cuda(), generator.transformer.cuda())
+    classes = [0, 1, 2] * 5
+    expected = [model.sample(classes[:8], smooth=smooth), model.sample(classes[8:], smooth=smooth)]
+    found = model.sample(classes, batch_size=8, smooth=smooth)  # two batches, the second one short: captured
+    assert model._engine is not None
+    same = (found[:8] == expected[0]).float().mean().item()
+    assert same > 0.99

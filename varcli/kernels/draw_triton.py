@@ -1,0 +1,130 @@
+"""Logits to codes in one pass over each token's row: guidance, truncation, noise and the draw, in Triton.
+
+What `guide`, `truncate` and `draw` of varcli.sampling.logits compute with the noise of varcli.sampling.noise: a row stays in
+registers, its k-th largest value and the limit of top-p are found by bisection over the bits of floats instead of by a
+sort, and the noise is made where it is used. Only rounding differs. Needs Triton, which comes with torch for CUDA.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_WARPS = 8
+# of splitmix64, as in varcli.sampling.noise, which this room does not see: signed 64-bit numbers
+GOLDEN = tl.constexpr(-7046029254386353131)
+MIX_1 = tl.constexpr(-4658895280553007687)
+MIX_2 = tl.constexpr(-7723592293110705685)
+
+
+def draw_codes(
+    wanted_BlV: Tensor,
+    unwanted_BlV: Tensor | None,
+    keys_B: Tensor,
+    strength: float,
+    top_k: int | None,
+    top_p: float | None,
+    is_bad: Tensor,
+) -> Tensor:
+    """Draw one code a position, int64 (B, l).
+
+    wanted, unwanted: logits of the class, and of no class or None, of any float dtype. keys: int64, of this step's noise.
+    strength: of guidance. is_bad: 0-d int32, set to 1 if a guided logit is no finite number; the row's code is 0 then.
+    """
+    batch, length, vocab_size = wanted_BlV.shape
+    codes_Bl = torch.empty(batch, length, dtype=torch.int64, device=wanted_BlV.device)
+    wanted_BlV = wanted_BlV.contiguous()
+    _draw_row[(batch * length,)](
+        wanted_BlV,
+        wanted_BlV if unwanted_BlV is None else unwanted_BlV.contiguous(),
+        keys_B,
+        codes_Bl,
+        is_bad,
+        length,
+        vocab_size,
+        float(strength),
+        min(top_k or vocab_size, vocab_size),
+        float(top_p or 1.0),
+        IS_GUIDED=unwanted_BlV is not None,
+        HAS_TOP_K=top_k is not None and top_k < vocab_size,
+        HAS_TOP_P=top_p is not None and top_p < 1,
+        BLOCK=triton.next_power_of_2(vocab_size),
+        num_warps=_WARPS,
+    )
+    return codes_Bl
+
+
+@triton.jit
+def _draw_row(
+    wanted,
+    unwanted,
+    keys,
+    codes,
+    is_bad,
+    length,
+    vocab_size,
+    strength,
+    top_k,
+    top_p,
+    IS_GUIDED: tl.constexpr,
+    HAS_TOP_K: tl.constexpr,
+    HAS_TOP_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    code = tl.arange(0, BLOCK)
+    is_code = code < vocab_size
+    place = row * vocab_size + code
+    value = tl.load(wanted + place, mask=is_code, other=0.0).to(tl.float32)
+    if IS_GUIDED:
+        other = tl.load(unwanted + place, mask=is_code, other=0.0).to(tl.float32)
+        value = (1 + strength) * value - strength * other
+    # x - x is 0 for every finite number
+    is_row_bad = tl.sum(tl.where(value - value == 0, 0, 1), 0) > 0
+    value = tl.where(is_row_bad, 0.0, value) + 0.0  # -0.0 becomes 0.0: they tie
+
+    # floats in the order of their bits, so that a limit can be found by bisection
+    bits = value.to(tl.int32, bitcast=True)
+    rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    rank = rank.to(tl.int64)
+    highest = tl.max(tl.where(is_code, rank, -2147483648), 0)
+    lowest = tl.min(tl.where(is_code, rank, 2147483647), 0)
+    limit = lowest
+    if HAS_TOP_K:  # the largest limit that at least k codes reach
+        high = highest
+        while limit < high:
+            middle = limit + (high - limit + 1) // 2
+            reached = tl.sum(tl.where(is_code & (rank >= middle), 1, 0), 0)
+            if reached >= top_k:
+                limit = middle
+            else:
+                high = middle - 1
+    if HAS_TOP_P:  # the smallest limit above which less than p of the kept probability lies
+        largest = tl.max(tl.where(is_code, value, -float("inf")), 0)
+        weight = tl.where(is_code & (rank >= limit), tl.exp(value - largest), 0.0)
+        allowed = top_p * tl.sum(weight, 0)
+        high = highest
+        while limit < high:
+            middle = limit + (high - limit) // 2
+            above = tl.sum(tl.where(rank > middle, weight, 0.0), 0)
+            if above < allowed:
+                high = middle
+            else:
+                limit = middle + 1
+
+    key = tl.load(keys + row // length)
+    position = row % length
+    hashed = key + (position * vocab_size + code.to(tl.int64) + 1) * GOLDEN
+    hashed = (hashed ^ ((hashed >> 30) & 0x3FFFFFFFF)) * MIX_1
+    hashed = (hashed ^ ((hashed >> 27) & 0x1FFFFFFFFF)) * MIX_2
+    hashed = hashed ^ ((hashed >> 31) & 0x1FFFFFFFF)
+    uniform = (((hashed >> 41) & 0x7FFFFF).to(tl.float32) + 0.5) / 8388608.0
+    # argmax of p / q is argmax of log p - log q
+    score = value - tl.log(-tl.log(uniform))
+    score = tl.where(is_code & (rank >= limit), score, -float("inf"))
+    chosen = tl.argmax(score, 0)
+    tl.store(codes + row, tl.where(is_row_bad, 0, chosen).to(tl.int64))
+    if is_row_bad:
+        tl.store(is_bad, 1)

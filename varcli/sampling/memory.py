@@ -1,0 +1,63 @@
+"""How many images fit a device at once: to draw, and to decode."""
+
+from __future__ import annotations
+
+import torch
+
+from varcli.tokenizer import TokenizerConfig
+from varcli.transformer import TransformerConfig
+
+_MOST_DRAWN = 256  # images drawn at once on a GPU
+_MOST_ELSEWHERE = 512
+_MAX_NOISE = 2**26  # numbers of one step's noise, elsewhere: bounds what a batch takes besides the model
+_MOST_DECODED = 32  # images decoded at once on a GPU
+_USABLE = 0.8  # of the free memory; the rest is fragmentation and workspaces
+_MAPS = 12  # full-resolution maps of the decoder's width that decoding an image needs at its peak, in half precision
+_WIDTHS = 16  # vectors of the transformer's width that a token needs while a block computes it, beside the hidden ones
+
+
+def image_bytes(config: TransformerConfig, dtype: torch.dtype, is_guided: bool) -> int:
+    """Estimate what drawing one image takes beside the weights: keys and values, the last step's activations, its logits."""
+    rows, last = 2 if is_guided else 1, config.step_lengths[-1]
+    cached = 2 * (config.depth * (config.seq_len - last) + last) * config.width
+    active = last * (_WIDTHS * config.width + 2 * config.hidden_width + config.vocab_size)
+    return rows * (cached + active) * dtype.itemsize
+
+
+def decode_bytes(config: TokenizerConfig) -> int:
+    """Estimate what decoding one image takes."""
+    return _MAPS * config.image_size**2 * config.width * 2
+
+
+def choose_batch_size(
+    transformer: TransformerConfig,
+    tokenizer: TokenizerConfig,
+    dtype: torch.dtype,
+    is_guided: bool,
+    device: torch.device,
+) -> int:
+    """Return how many images to draw at once: as many as the free memory of a GPU holds, and are worth it."""
+    if device.type != "cuda":
+        return max(1, min(_MOST_ELSEWHERE, _MAX_NOISE // (max(transformer.step_lengths) * transformer.vocab_size)))
+    free = torch.cuda.mem_get_info(device)[0] + _cached_bytes(device)
+    room = _USABLE * free - _MOST_DECODED * decode_bytes(tokenizer)
+    return max(1, min(_MOST_DRAWN, int(room / image_bytes(transformer, dtype, is_guided))))
+
+
+def choose_decode_chunk(batch: int, tokenizer: TokenizerConfig, device: torch.device) -> int:
+    """Return how many of `batch` images to decode at once, if possible a divisor, so that all pieces have one shape.
+
+    On a CPU one: convolutions round differently in another batch, and equal codes shall give equal bytes.
+    """
+    if device.type == "cpu":
+        return 1
+    most = min(batch, _MOST_DECODED)
+    if device.type == "cuda":
+        most = max(1, min(most, int(_USABLE * torch.cuda.mem_get_info(device)[0] / decode_bytes(tokenizer))))
+    even = next(size for size in range(most, 0, -1) if batch % size == 0)
+    return even if 2 * even >= most else most
+
+
+def _cached_bytes(device: torch.device) -> int:
+    """Memory that torch holds without using it."""
+    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
