@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from varcli.bench import calibrate
+from varcli.bench.profile import by_kind, kind_of
 from varcli.bench.stages import STAGES, BenchConfig, encoding_flops, run_bench
 from varcli.errors import ConfigError
 
@@ -33,3 +36,46 @@ def test_work_of_the_released_tokenizer_matches_the_count_on_the_reference():
 def test_an_unknown_stage_is_refused():
     with pytest.raises(ConfigError, match="stage"):
         run_bench("tokenise")
+
+
+def test_kernels_are_compared_in_training_alone_and_refused_before_anything_is_measured():
+    config = BenchConfig(depth=1, scales="1,2", tokenizer_width=32, batch_sizes=(1,), repeats=1, device="cpu")
+    result = run_bench("all", replace(config, kernels=("auto", "torch")))
+    assert [(entry.stage, entry.kernels) for entry in result.measurements] == [
+        ("tokenize", None),
+        ("train", "torch"),
+        ("train", "torch"),
+        ("sample", None),
+    ]
+    with pytest.raises(ConfigError, match="CUDA"):
+        run_bench("train", replace(config, kernels=("torch", "triton")))
+
+
+def test_a_profile_accounts_for_the_time_of_a_batch():
+    config = BenchConfig(depth=1, scales="1,2", tokenizer_width=32, batch_sizes=(2,), repeats=1, device="cpu")
+    (entry,) = run_bench("train", replace(config, profile=True)).measurements
+    assert sum(kernel.share for kernel in entry.profile) == pytest.approx(1)
+    times = [kernel.milliseconds for kernel in entry.profile]
+    assert times == sorted(times, reverse=True) and times[-1] > 0
+    kinds = by_kind(entry.profile)
+    assert {"matrix product", "attention", "optimizer"} <= set(kinds)
+    assert sum(milliseconds for milliseconds, _ in kinds.values()) == pytest.approx(sum(times))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNN", "matrix product"),
+        ("triton_poi_fused_convolution_silu_3", "fused by torch.compile"),
+        ("triton_tem_fused_mm_1", "matrix product"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x64x64", "attention"),
+        ("_varcli_norm_backward", "varcli's own"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<...>", "optimizer"),
+        ("Memcpy DtoD (Device -> Device)", "copy"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl>", "element-wise"),
+        ("something new", "other"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(name, kind):
+    assert kind_of(name) == kind

@@ -27,12 +27,16 @@ class BenchConfig:
     batch_sizes: tuple[int, ...] = (64,)  # images at once, one measurement each
     precision: str = "auto"  # auto, fp32, bf16 or fp16
     compile: bool = False  # torch.compile what runs often
+    kernels: tuple[str, ...] = ("auto",)  # train: auto, torch or triton, one measurement each
+    profile: bool = False  # also where the time goes, kernel by kernel
     repeats: int = 5  # timed runs, of which the median counts
     device: str = "auto"  # auto, cpu, cuda or mps
 
     def __post_init__(self) -> None:
         if self.depth < 1 or self.repeats < 1 or not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ConfigError("depth, repeats and every batch size must be at least 1")
+        if not self.kernels:
+            raise ConfigError("kernels must be at least one of auto, torch, triton")
 
     @property
     def patch_nums(self) -> PatchNums:

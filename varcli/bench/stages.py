@@ -6,16 +6,18 @@ Rates do not depend on the weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from varcli.bench.calibrate import Ceiling, measure_ceiling, median_seconds
 from varcli.bench.config import BenchConfig
 from varcli.bench.counting import decoder_flops, distance_flops, encoder_flops, phi_flops
+from varcli.bench.profile import KernelTime, profile_kernels
 from varcli.bench.tokenizer_training import tokenizer_training_stage
 from varcli.devices import autocast, resolve_device, resolve_precision
 from varcli.errors import unknown_name
+from varcli.kernels import resolve_kernels
 from varcli.order import ScaleOrder
 from varcli.progress import OnStep, Step, ignore
 from varcli.sampling import Generator, SampleConfig
@@ -40,6 +42,8 @@ class Measurement:
     tflops: float  # 1e12 operations of the arithmetic a second
     share_of_matmul: float  # of the rate of a large matrix product on the same device in the same run
     peak_gib: float | None  # GPU memory; None elsewhere
+    kernels: str | None = None  # train: torch or triton
+    profile: tuple[KernelTime, ...] = ()  # where the time went, if that was asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +65,22 @@ def run_bench(stage: str, config: BenchConfig | None = None, on_step: OnStep = i
         raise unknown_name("stage", stage, [*STAGES, "all"])
     device = resolve_device(config.device)
     dtype = resolve_precision(config.precision, device)
+    choices = [resolve_kernels(kernels, device) for kernels in config.kernels]
     ceiling = measure_ceiling(device, dtype)
     names = list(ALL) if stage == "all" else [stage]
-    jobs = [(name, size) for name in names for size in config.batch_sizes]
+    jobs = [
+        (name, size, kernels)
+        for name in names
+        for size in config.batch_sizes
+        for kernels in (choices if name == "train" else [None])
+    ]
     found = []
-    for done, (name, size) in enumerate(jobs):
-        on_step(Step(done, len(jobs), unit="measurements", message=f"{name}, batch {size}"))
-        found.append(_measure(name, size, config, device, dtype, ceiling))
+    for done, (name, size, kernels) in enumerate(jobs):
+        message = f"{name}, batch {size}" + (f", {kernels} kernels" if kernels else "")
+        on_step(Step(done, len(jobs), unit="measurements", message=message))
+        chosen = replace(config, kernels=(kernels,)) if kernels else config
+        measurement = _measure(name, size, chosen, device, dtype, ceiling)
+        found.append(replace(measurement, kernels=kernels))
     on_step(Step(len(jobs), len(jobs), unit="measurements"))
     return BenchResult(ceiling=ceiling, measurements=tuple(found))
 
@@ -84,6 +97,7 @@ def _measure(
         torch.cuda.reset_peak_memory_stats(device)
     seconds = median_seconds(work, device, config.repeats)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_cuda else None
+    profile = profile_kernels(work, device) if config.profile else ()
     del work
     if on_cuda:
         torch.cuda.empty_cache()
@@ -96,6 +110,7 @@ def _measure(
         tflops=tflops,
         share_of_matmul=tflops / ceiling.matmul_tflops,
         peak_gib=peak,
+        profile=profile,
     )
 
 
@@ -121,6 +136,7 @@ def _train(size: int, config: BenchConfig, device: torch.device, dtype: torch.dt
     """One optimizer step on codes that lie on the device."""
     quantizer = MultiScaleQuantizer(config.tokenizer).to(device)
     model = Transformer(config.transformer).to(device).train()
+    model.kernels = resolve_kernels(config.kernels[0], device)
     objective = Objective(model, ScaleOrder(quantizer), device, dtype)
     if config.compile:
         objective.compile()

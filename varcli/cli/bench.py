@@ -21,7 +21,11 @@ from varcli.cli.options import (
 
 if TYPE_CHECKING:
     from varcli.bench.config import BenchConfig
+    from varcli.bench.stages import Measurement
     from varcli.training.tokenizer_objective import TokenizerTrainConfig
+
+_LONGEST = 25  # kernels of a profile that are shown
+_NAME_LENGTH = 90  # of a kernel, whose whole name may take several lines
 
 
 def bench(
@@ -37,6 +41,10 @@ def bench(
         list[int] | None, Option("--batch-size", help="Images at once; repeat it for several. Default: 64.")
     ] = None,
     compile_: Annotated[bool, Option("--compile", help="Use torch.compile.")] = False,
+    kernels: Annotated[
+        list[str] | None, Option("--kernels", help="train: auto, torch or triton; repeat it to compare. Default: auto.")
+    ] = None,
+    profile: Annotated[bool, Option("--profile", help="Also show where the time goes, kernel by kernel.")] = False,
     repeats: Annotated[int, Option("--repeats", help="Timed runs; the median counts.")] = 5,
     count: Annotated[int, Option("--n", min=256, help="eval: pictures.")] = 50_000,
     size: Annotated[int, Option("--size", min=32, help="eval: their side in pixels.")] = 256,
@@ -74,6 +82,8 @@ def bench(
         batch_sizes=tuple(batch_size or [64]),
         precision=precision,
         compile=compile_,
+        kernels=tuple(kernels or ["auto"]),
+        profile=profile,
         repeats=repeats,
         device=device,
     )
@@ -90,7 +100,7 @@ def bench(
     )
     rows = [
         (
-            entry.stage,
+            _label(entry),
             entry.batch_size,
             f"{entry.milliseconds:,.1f}",
             f"{entry.images_per_second:,.1f}",
@@ -100,6 +110,42 @@ def bench(
         for entry in result.measurements
     ]
     console.table(("stage", "batch", "ms", "images/s", "of matmul", "peak GiB"), rows)
+    for entry in result.measurements:
+        if entry.profile:
+            _profile(entry)
+
+
+def _label(entry: Measurement) -> str:
+    return entry.stage if entry.kernels is None else f"{entry.stage}, {entry.kernels}"
+
+
+def _profile(entry: Measurement) -> None:
+    """Print the kinds of a measurement's kernels, and the kernels that take longest."""
+    from varcli.bench.profile import by_kind
+
+    total = sum(kernel.milliseconds for kernel in entry.profile)
+    kinds = [
+        (kind, f"{milliseconds:,.2f}", f"{milliseconds / total:.1%}", f"{count:,.0f}")
+        for kind, (milliseconds, count) in by_kind(entry.profile).items()
+    ]
+    console.result("")
+    console.table(
+        ("kind", "ms", "share", "launches"),
+        kinds,
+        title=f"{_label(entry)}, batch {entry.batch_size}: kernels take {total:,.1f} of {entry.milliseconds:,.1f} ms",
+    )
+    console.result("")
+    longest = [
+        (
+            kernel.name[:_NAME_LENGTH],
+            kernel.kind,
+            f"{kernel.milliseconds:,.3f}",
+            f"{kernel.share:.1%}",
+            f"{kernel.count:,.0f}",
+        )
+        for kernel in entry.profile[:_LONGEST]
+    ]
+    console.table(("kernel", "kind", "ms", "share", "launches"), longest)
 
 
 def _tokenizer_training(values: dict[str, Any], bench: BenchConfig) -> TokenizerTrainConfig:

@@ -17,7 +17,7 @@ _CHANNELS_A_WARP = 256  # 8 a thread
 
 
 @triton.jit
-def _forward(
+def _varcli_norm_forward(
     stream_ptr, branch_ptr, gate_ptr, scale_ptr, shift_ptr, out_ptr, normed_ptr, mean_ptr, inverse_ptr,
     gate_stride, scale_stride, shift_stride, length, eps,
     HAS_BRANCH: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -49,7 +49,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _varcli_norm_backward(
     grad_normed_ptr, grad_out_ptr, out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, inverse_ptr,
     grad_stream_ptr, grad_branch_ptr, sums_ptr,
     gate_stride, scale_stride, length,
@@ -116,7 +116,7 @@ def launch_forward(
     if branch_BLC is not None:
         out, branch_BLC, gate_B1C = torch.empty_like(stream_BLC), branch_BLC.contiguous(), _dense_rows(gate_B1C)
     block = triton.next_power_of_2(width)
-    _forward[(triton.cdiv(length, _FORWARD_ROWS), batch)](
+    _varcli_norm_forward[(triton.cdiv(length, _FORWARD_ROWS), batch)](
         stream_BLC,
         branch_BLC,
         gate_B1C,
@@ -161,7 +161,7 @@ def launch_backward(
     kinds = 2 if branch_BLC is None else 3
     sums = torch.empty(batch, chunks, kinds, width, dtype=torch.float32, device=out_BLC.device)
     block = triton.next_power_of_2(width)
-    _backward[(chunks, batch)](
+    _varcli_norm_backward[(chunks, batch)](
         grad_normed_BLC,
         grad_out_BLC,
         out_BLC,

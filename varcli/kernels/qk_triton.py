@@ -21,7 +21,7 @@ _LONGEST_INVERSE: tl.constexpr = tl.constexpr(0.999e12)
 
 
 @triton.jit
-def _forward(
+def _varcli_qk_forward(
     qkv_ptr, q_bias_ptr, v_bias_ptr, log_scale_ptr, q_ptr, k_ptr, v_ptr, q_inverse_ptr, k_inverse_ptr,
     length, cap,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
@@ -72,7 +72,7 @@ def _gather(
 
 
 @triton.jit
-def _backward(
+def _varcli_qk_backward(
     grad_q, grad_k, grad_v, q_ptr, k_ptr, q_inverse_ptr, k_inverse_ptr, log_scale_ptr,
     grad_qkv_ptr, bias_sums_ptr, scale_sums_ptr,
     length, cap,
@@ -151,7 +151,7 @@ def launch_forward(
     q_inverse, k_inverse = (qkv_BLC.new_empty(batch, length, heads, dtype=torch.float32) for _ in range(2))
     block = triton.next_power_of_2(width)
     tokens = max(1, _FORWARD_TILE // block)
-    _forward[(heads, triton.cdiv(length, tokens), batch)](
+    _varcli_qk_forward[(heads, triton.cdiv(length, tokens), batch)](
         qkv_BLC,
         q_bias_C.contiguous(),
         v_bias_C.contiguous(),
@@ -195,7 +195,7 @@ def launch_backward(
     grad_qkv = q_BLnd.new_empty(batch, length, 3 * heads * width)
     bias_sums = torch.empty(batch, chunks, 2, heads * width, dtype=torch.float32, device=q_BLnd.device)
     scale_sums = torch.empty(batch, chunks, heads, dtype=torch.float32, device=q_BLnd.device)
-    _backward[(3 * heads, chunks, batch)](
+    _varcli_qk_backward[(3 * heads, chunks, batch)](
         tuple(piece.contiguous() for piece in grads_q),
         tuple(piece.contiguous() for piece in grads_k),
         tuple(piece.contiguous() for piece in grads_v),
