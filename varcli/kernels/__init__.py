@@ -24,7 +24,11 @@ def resolve_kernels(name: str, device: torch.device) -> str:
         raise unknown_name("kernels", name, ["auto", *KERNELS])
     if name == "triton":
         if device.type != "cuda":
-            raise ConfigError(f"kernels `triton` need a CUDA GPU, but the device is {device.type}", "`auto` takes what runs here")
+            raise ConfigError(
+                f"kernels `triton` need a CUDA GPU, but the device is {device.type}", "`auto` takes what runs here"
+            )
         if importlib.util.find_spec("triton") is None:
-            raise ConfigError("kernels `triton` were asked for, but Triton is not installed", "`auto` takes what runs here")
+            raise ConfigError(
+                "kernels `triton` were asked for, but Triton is not installed", "`auto` takes what runs here"
+            )
     return "torch" if name == "auto" else name

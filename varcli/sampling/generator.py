@@ -183,9 +183,7 @@ class Generator:
         """Images at a time that fit the device's memory, at most 256 on a GPU; fewer once that many did not fit."""
         key = bool(config.cfg), self.dtype(config)
         if key not in self._batch_sizes:
-            self._batch_sizes[key] = choose_batch_size(
-                self.transformer.config, self.tokenizer.config, key[1], key[0], self.device
-            )
+            self._batch_sizes[key] = choose_batch_size(self.transformer.config, key[1], key[0], self.device)
         return self._batch_sizes[key]
 
     def dtype(self, config: SampleConfig) -> torch.dtype:

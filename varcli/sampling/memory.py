@@ -29,19 +29,11 @@ def decode_bytes(config: TokenizerConfig) -> int:
     return _MAPS * config.image_size**2 * config.width * 2
 
 
-def choose_batch_size(
-    transformer: TransformerConfig,
-    tokenizer: TokenizerConfig,
-    dtype: torch.dtype,
-    is_guided: bool,
-    device: torch.device,
-) -> int:
+def choose_batch_size(config: TransformerConfig, dtype: torch.dtype, is_guided: bool, device: torch.device) -> int:
     """Return how many images to draw at once: as many as the free memory of a GPU holds, and are worth it."""
     if device.type != "cuda":
-        return max(1, min(_MOST_ELSEWHERE, _MAX_NOISE // (max(transformer.step_lengths) * transformer.vocab_size)))
-    free = torch.cuda.mem_get_info(device)[0] + _cached_bytes(device)
-    room = _USABLE * free - _MOST_DECODED * decode_bytes(tokenizer)
-    return max(1, min(_MOST_DRAWN, int(room / image_bytes(transformer, dtype, is_guided))))
+        return max(1, min(_MOST_ELSEWHERE, _MAX_NOISE // (max(config.step_lengths) * config.vocab_size)))
+    return max(1, min(_MOST_DRAWN, int(_room(device) / image_bytes(config, dtype, is_guided))))
 
 
 def choose_decode_chunk(batch: int, tokenizer: TokenizerConfig, device: torch.device) -> int:
@@ -53,11 +45,12 @@ def choose_decode_chunk(batch: int, tokenizer: TokenizerConfig, device: torch.de
         return 1
     most = min(batch, _MOST_DECODED)
     if device.type == "cuda":
-        most = max(1, min(most, int(_USABLE * torch.cuda.mem_get_info(device)[0] / decode_bytes(tokenizer))))
+        most = max(1, min(most, int(_room(device) / decode_bytes(tokenizer))))  # keys and values are gone by then
     even = next(size for size in range(most, 0, -1) if batch % size == 0)
     return even if 2 * even >= most else most
 
 
-def _cached_bytes(device: torch.device) -> int:
-    """Memory that torch holds without using it."""
-    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+def _room(device: torch.device) -> float:
+    """Memory of a GPU that may be used: free, or held by torch and not in use."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _USABLE * (torch.cuda.mem_get_info(device)[0] + held)
