@@ -109,8 +109,11 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         if not isinstance(value, (hint, Mapping)):
             raise ConfigError(f"config key `{key}` takes a table of settings, but got {value!r}")
         return value if isinstance(value, hint) else from_dict(hint, value)
-    if origin is tuple and arguments[0] is str and isinstance(value, str):
-        value = [entry.strip() for entry in value.split(",") if entry.strip()]  # --set frozen=encoder,quantizer
+    if origin is tuple and isinstance(value, str):
+        texts = [entry.strip() for entry in value.split(",") if entry.strip()]  # --set frozen=encoder,quantizer
+        value = texts if arguments[0] is str else [parse_assignments([f"{key}={text}"])[key] for text in texts]
+    elif origin is tuple and arguments[0] is float and isinstance(value, float):
+        value = [value]  # --set ema_decays=0.9999
     if origin is tuple and isinstance(value, (list, tuple)):
         inner = arguments[0]
         return tuple(_convert(key, entry, inner) for entry in value)

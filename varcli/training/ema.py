@@ -1,8 +1,9 @@
-"""A running average of a module's weights, which often draws better than the weights themselves."""
+"""Running averages of a module's weights, which often draw better than the weights themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -67,3 +68,31 @@ class Ema:
             if name not in tensors or tensors[name].shape != average.shape:
                 raise ArtifactError(f"the stored average of weights has no fitting `{name}`")
             average.copy_(tensors[name])
+
+
+class Averages:
+    """Several averages of one module, the first of which counts, or none.
+
+    take_best: let that with the lowest of `losses` count instead. losses: of the averages' last validation, not a number
+    before it.
+    """
+
+    def __init__(self, module: nn.Module, decays: Sequence[float], take_best: bool = False) -> None:
+        self.members = tuple(Ema(module, decay) for decay in decays)
+        self.take_best = take_best
+        self.losses = torch.full((len(self.members),), math.nan, dtype=torch.float64)
+
+    @property
+    def chosen(self) -> int:
+        """Index of the average that counts."""
+        return int(self.losses.nan_to_num(nan=math.inf).argmin()) if self.take_best and self.members else 0
+
+    @property
+    def average(self) -> Ema | None:
+        """The average that counts, None if there is none."""
+        return self.members[self.chosen] if self.members else None
+
+    def update(self, step: int, skipped: Tensor | None = None) -> None:
+        """Let each move as `Ema.update` does."""
+        for member in self.members:
+            member.update(step, skipped)

@@ -154,6 +154,7 @@ class _Loop:
             self.pending = [name for name in manifest.info.get("pending", []) if getattr(config, f"{name}_every")]
             self.policy.steps = list(manifest.info.get("skipped_steps", []))
             self.parent, self.saved_step = manifest.digest, self.result.step
+            trainer.recall(manifest.info.get("remembered", {}))
         self.world.wait()  # for a processor's work that takes long, such as decoding; a GPU that waits says nothing
         trainer.parts.start_alike(self.world)
         self.log: RunLog | None = None
@@ -255,7 +256,7 @@ class _Loop:
             if "eval" in names:
                 self._evaluate(self.log)
             if names and self.saved_step == self.result.step:
-                changes = {"best": self.result.best, "pending": []}
+                changes = {"best": self.result.best, "pending": [], "remembered": self.trainer.remember()}
                 self.parent = amend_checkpoint(self.run_folder.path, self.saved_step, changes).digest
                 self._publish_newest()
         if names:
@@ -336,6 +337,7 @@ class _Loop:
                 "best": self.result.best,
                 "skipped_steps": self.policy.steps,
                 "pending": list(pending),
+                "remembered": self.trainer.remember(),
             }
             parts, keep = self.trainer.parts, self.config.keep_checkpoints
             self.parent = save_checkpoint(self.run_folder.path, done, parts, info, keep).digest

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from varcli.distributed import ALONE, World
-from varcli.training.ema import Ema
+from varcli.training.ema import Averages, Ema
 from varcli.training.parallel import average_gradients
 from varcli.training.schedules import Schedule
 
@@ -103,7 +103,7 @@ class Updater:
         schedule: Schedule,
         *,
         grad_clip: float | None = None,
-        ema: Ema | None = None,
+        ema: Ema | Averages | None = None,
         loss_scale: LossScale | None = None,
         world: World = ALONE,
     ) -> None:

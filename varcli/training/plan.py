@@ -60,9 +60,9 @@ def activation_bytes(config: TransformerConfig, dtype: torch.dtype, is_compiled:
     return config.seq_len * (blocks + config.vocab_size * _LOGIT_BYTES)
 
 
-def state_bytes(num_parameters: int, has_average: bool) -> int:
-    """Weights, gradients, two moments, a half-precision copy while computing, and the average of weights."""
-    return num_parameters * (4 + 4 + 8 + 2 + (4 if has_average else 0))
+def state_bytes(num_parameters: int, num_averages: int) -> int:
+    """Weights, gradients, two moments, a half-precision copy while computing, and averages of weights."""
+    return num_parameters * (4 + 4 + 8 + 2 + 4 * num_averages)
 
 
 def fit_micro_batch(batch_size: int, image_bytes: int, fixed_bytes: int, device: torch.device) -> int:

@@ -62,6 +62,8 @@ class TrainConfig:
     dropout: float | None = None  # on attention and feed-forward outputs
     drop_path: float | None = None  # chance to skip a branch of the last block; None is 0.1 * depth / 24
     ema_decay: float | None = None  # of the averaged weights that are sampled from; 0 turns the average off
+    ema_decays: tuple[float, ...] = ()  # of further averages, which are kept and validated beside that one
+    best_average: bool = False  # sample from the average with the lowest validation loss, not from ema_decay's
     frozen: tuple[str, ...] = ()  # parts that stay as --init-from gave them: classes, embeddings, blocks[:1-8], head
     keep_best: bool | None = None  # sample from the weights of the best validation; None is where images are few
     seed: int = 0  # of weights, order, dropouts
@@ -101,6 +103,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ConfigError(f"{name} must be from {low:g} to {high:g}, but is {value:g}")
+        for decay in self.ema_decays:
+            if not 0 < decay <= 0.999999:
+                raise ConfigError(f"ema_decays must be above 0 and at most 0.999999, but one is {decay:g}")
         for name in ("learning_rate", "epochs", "mlp_ratio"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -125,6 +130,11 @@ class TrainConfig:
         if self.drop_path is not None:
             changes["drop_path"] = self.drop_path
         return TransformerConfig.from_depth(self.depth, **changes, **data)
+
+    @property
+    def all_ema_decays(self) -> tuple[float, ...]:
+        """Decays of all averages of a resolved config, the one that is sampled from first."""
+        return (self.ema_decay, *self.ema_decays) if self.ema_decay else ()
 
     def optimizer_schedule(self) -> Schedule:
         """Learning rate and weight decay of a resolved config, step by step."""
@@ -152,6 +162,7 @@ FREE = LoopConfig.FREE | {
     "cuda_graphs",
     "validation_images",
     "eval_samples",
+    "best_average",
 }
 """Settings that a resumed run may change: they decide when and how, not what."""
 
@@ -202,5 +213,20 @@ def resolve(
     )
     if resolved.keep_best and not has_validation:
         raise ConfigError("keep_best needs a validation split, but the codes cache has none", "give the images a val/")
+    _check_averages(resolved, has_validation)
     resolved.optimizer_schedule(), resolved.loop()
     return resolved
+
+
+def _check_averages(config: TrainConfig, has_validation: bool) -> None:
+    """Raise ConfigError for averages that make no sense together, or cannot be compared."""
+    decays = config.all_ema_decays
+    if config.ema_decays and not config.ema_decay:
+        raise ConfigError("ema_decays are further ones, but ema_decay is 0", f"set ema_decay={config.ema_decays[0]:g}")
+    if len(set(decays)) < len(decays):
+        raise ConfigError(f"ema_decay and ema_decays name a decay twice: {', '.join(map(str, decays))}")
+    if config.best_average and not (has_validation and config.validate_every and len(decays) > 1):
+        raise ConfigError(
+            "best_average compares averages by their validation loss, but there is one average or no validation",
+            "set ema_decays, give the images a val/, or leave it out",
+        )

@@ -41,6 +41,13 @@ class Trainer:
         """Measure on held-out data; "loss" decides which weights are best. Nothing if there is none to measure on."""
         return {}
 
+    def remember(self) -> dict[str, Any]:
+        """Return what of the last validation decides what comes later, as JSON, for a checkpoint's manifest."""
+        return {}
+
+    def recall(self, remembered: Mapping[str, Any]) -> None:
+        """Take over what `remember` returned before the run was stopped."""
+
     def find_faults(self, step: int, validation: Mapping[str, Any]) -> Mapping[str, str]:
         """Say what a validation after `step` steps shows to be wrong: warnings by what they are about, each told once a run."""
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from varcli.kernels import resolve_kernels
 from varcli.order import ScaleOrder
 from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer import VQVAE
-from varcli.training.ema import Ema
+from varcli.training.ema import Averages, Ema
 from varcli.training.frozen import learn
 from varcli.training.muon import build_optimizer
 from varcli.training.objective import NUMBERS, Objective
@@ -104,7 +105,7 @@ class TransformerTrainer(Trainer):
         self.model.to(device)
         learn(self.model, self.frozen)
         self.model.kernels = resolve_kernels(config.kernels, device)
-        self.average = Ema(self.model, config.ema_decay) if config.ema_decay else None
+        self.averages = Averages(self.model, config.all_ema_decays, config.best_average)
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.dtype = resolve_precision(config.precision, device)
         loss_scale = LossScale(device) if self.dtype == torch.float16 else None
@@ -112,13 +113,14 @@ class TransformerTrainer(Trainer):
             build_optimizer(config.optimizer, self.model, self.model.undecayed_parameters()),
             config.optimizer_schedule(),
             grad_clip=config.grad_clip,
-            ema=self.average,
+            ema=self.averages,
             loss_scale=loss_scale,
         )
+        further = [f"{KIND}-{decay:.6g}" for decay in config.ema_decays]
         self.parts = Parts(
             modules={KIND: self.model},
             optimizers={KIND: self.updater.optimizer},
-            averages={KIND: self.average} if self.average else {},
+            averages=dict(zip([KIND, *further], self.averages.members, strict=False)),
             generators={"labels": self.generator},
             loss_scales={KIND: loss_scale} if loss_scale else {},
         )
@@ -128,6 +130,11 @@ class TransformerTrainer(Trainer):
         if self.is_compiled:
             self.objective.compile(with_graphs=self._wants_graphs())
         self.memory_hint = memory_hint(self.micro_batch_size, config.precision)
+
+    @property
+    def average(self) -> Ema | None:
+        """The average whose weights are sampled from, None if there is none."""
+        return self.averages.average
 
     # -- what the loop calls -------------------------------------------------------------------------------------
 
@@ -154,12 +161,38 @@ class TransformerTrainer(Trainer):
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, Any]:
-        """Loss and accuracy on held-out images, whole and by scale, no label dropped, of the weights to sample from."""
+        """Loss and accuracy on held-out images, whole and by scale, no label dropped, of the weights to sample from.
+
+        Of several averages each one's loss is there too.
+        """
         if self.validation is None:
             return {}
+        averages = self.averages
+        if len(averages.members) < 2:
+            return self._measure(self.average)
+        found = [self._measure(average) for average in averages.members]
+        averages.losses.copy_(torch.tensor([values["loss"] for values in found], dtype=torch.float64))
+        pairs = zip(averages.members, found, strict=True)
+        return {
+            **found[averages.chosen],
+            **{f"loss_ema_{member.decay:.6g}": values["loss"] for member, values in pairs},
+        }
+
+    def remember(self) -> dict[str, Any]:
+        """Which averages were how good, if there are several; see `Trainer.remember`."""
+        losses = self.averages.losses.tolist()
+        return {"average_losses": losses} if len(losses) > 1 and all(map(math.isfinite, losses)) else {}
+
+    def recall(self, remembered: Mapping[str, Any]) -> None:
+        """Take over what `remember` returned; averages that it does not know have no loss yet."""
+        losses = remembered.get("average_losses", [])
+        if len(losses) == len(self.averages.losses):
+            self.averages.losses.copy_(torch.tensor(losses, dtype=torch.float64))
+
+    def _measure(self, average: Ema | None) -> dict[str, Any]:
         count = 0
         sums = torch.zeros(2, len(self.order.step_lengths), dtype=torch.float64)
-        with self._sampling_weights():
+        with self._sampling_weights(average):
             for codes, labels in self.validation.all_rows(self.micro_batch_size, self.config.validation_images):
                 sums += torch.stack(self.objective.sums_by_step(codes, labels)).cpu()
                 count += len(codes)
@@ -184,6 +217,7 @@ class TransformerTrainer(Trainer):
             "order": "scale",
             "classes": list(self.classes),
             "averaged": self.average is not None,
+            "ema_decay": self.average.decay if self.average is not None else None,
             **info,
         }
         with self._sampling_weights(), atomic_folder(folder) as temporary:
@@ -220,11 +254,12 @@ class TransformerTrainer(Trainer):
         return {"seed": self.config.seed, "rows": rows[:4096].tolist()}
 
     @contextlib.contextmanager
-    def _sampling_weights(self) -> Iterator[None]:
-        """Eval mode and the average's weights, for a while."""
+    def _sampling_weights(self, average: Ema | None = None) -> Iterator[None]:
+        """Eval mode and an average's weights, by default those of the one that counts, for a while."""
+        average = average or self.average
         self.model.eval()
         try:
-            with self.average.swapped() if self.average is not None else contextlib.nullcontext():
+            with average.swapped() if average is not None else contextlib.nullcontext():
                 yield
         finally:
             learn(self.model, self.frozen)
@@ -290,8 +325,8 @@ class TransformerTrainer(Trainer):
         )
 
     def checkpoint_bytes(self) -> int:
-        """Size of one checkpoint: weights, two moments, and the average."""
-        return self.model.num_parameters * (16 if self.average is not None else 12)
+        """Size of one checkpoint: weights, two moments, and averages."""
+        return self.model.num_parameters * (12 + 4 * len(self.averages.members))
 
     def _notes(self) -> tuple[str, ...]:
         notes = list(self.start_notes)
@@ -324,4 +359,4 @@ class TransformerTrainer(Trainer):
         return activation_bytes(self.model_config, self.dtype, self.is_compiled)
 
     def _fixed_bytes(self) -> int:
-        return state_bytes(self.model.num_parameters, self.average is not None)
+        return state_bytes(self.model.num_parameters, len(self.averages.members))
