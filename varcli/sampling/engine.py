@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from varcli.sampling.noise import KeyedNoise
+from varcli.sampling.noise import KeyedNoise, image_keys
 from varcli.sampling.settings import SampleConfig
 
 if TYPE_CHECKING:
     from varcli.sampling.generator import Generator
 
 _WARM_UPS = 2  # runs before the capture: they compile, and make what libraries make at their first call
+
+T = TypeVar("T")
+
+
+def capture(run: Callable[[], T], device: torch.device) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Record what `run` does on a CUDA device; each replay of the graph writes the result that is returned here anew.
+
+    run: must neither wait for the device nor depend on anything but tensors that stay where they are.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UPS):
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph, result
 
 
 class Engine:
@@ -27,15 +46,7 @@ class Engine:
         self.generator, self.config = generator, config
         self.labels_B = torch.zeros(batch_size, dtype=torch.int64, device=generator.device)
         self.noise = KeyedNoise(config.seed, [0] * batch_size, [0] * batch_size, generator.device)
-        stream = torch.cuda.Stream(generator.device)
-        stream.wait_stream(torch.cuda.current_stream(generator.device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                self._run()
-        torch.cuda.current_stream(generator.device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.images_B3HW, self.is_bad = self._run()
+        self.graph, (self.images_B3HW, self.is_bad) = capture(self._run, generator.device)
 
     def draw(self, classes: Sequence[int], indices: Sequence[int]) -> Tensor:
         """Return the images, uint8 (n, 3, H, W) on the device, of at most batch_size class numbers and indices.
@@ -46,7 +57,7 @@ class Engine:
         classes = [*classes, *[classes[-1]] * missing]  # a short batch draws its last image more than once
         indices = [*indices, *[indices[-1]] * missing]
         self.labels_B.copy_(torch.tensor(classes))
-        self.noise.keys_B.copy_(KeyedNoise(self.config.seed, classes, indices, self.generator.device).keys_B)
+        self.noise.keys_B.copy_(image_keys(self.config.seed, classes, indices))
         self.graph.replay()
         self.generator.require_finite(self.is_bad, self.config)
         return self.images_B3HW[:count]

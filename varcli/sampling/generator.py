@@ -64,6 +64,7 @@ class Generator:
         self.classes = ClassNames.of(classes, config.num_classes)
         self.device = next(transformer.parameters()).device
         self._to_pixels = to_pixels
+        self._decode_chunks: dict[int, int] = {}  # images decoded at once, by batch
         self._batch_sizes: dict[tuple[bool, torch.dtype], int] = {}  # with guidance or without, by precision
         self._engine: Engine | None = None
         self._engine_key: tuple[SampleConfig, int] | None = None
@@ -240,7 +241,10 @@ class Generator:
     def decode(self, f_hat_BZhw: Tensor, config: SampleConfig | None = None) -> Tensor:
         """Turn feature maps into uint8 images (B, 3, H, W), rounded to the nearest level, a few at a time."""
         dtype = self.dtype(config or SampleConfig())
-        chunk = choose_decode_chunk(len(f_hat_BZhw), self.tokenizer.config, self.device)
+        batch = len(f_hat_BZhw)
+        if batch not in self._decode_chunks:  # asked once, so that it is not asked while a graph is captured
+            self._decode_chunks[batch] = choose_decode_chunk(batch, self.tokenizer.config, self.device)
+        chunk = self._decode_chunks[batch]
         with autocast(self.device, dtype):
             return torch.cat([self._to_pixels(self.tokenizer, part) for part in f_hat_BZhw.split(chunk)])
 

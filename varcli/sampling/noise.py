@@ -31,15 +31,19 @@ class Noise(Protocol):
         """Exp(1) numbers (B, length, vocab_size), float32; stream: STREAM_CODES or STREAM_SMOOTH."""
 
 
+def image_keys(seed: int, classes: Sequence[int], indices: Sequence[int]) -> Tensor:
+    """One number an image, int64 (B,) on the CPU, that depends on all three and on nothing else."""
+    keys = torch.zeros(len(classes), dtype=torch.int64)
+    for part in ([seed] * len(classes), classes, indices):
+        keys = _mix(keys + _GOLDEN + torch.tensor([_signed(value) for value in part], dtype=torch.int64))
+    return keys
+
+
 class KeyedNoise:
     """Noise of a batch of images, each known by (seed, class, index)."""
 
     def __init__(self, seed: int, classes: Sequence[int], indices: Sequence[int], device: torch.device) -> None:
-        keys = torch.zeros(len(classes), dtype=torch.int64, device=device)
-        for part in ([seed] * len(classes), classes, indices):
-            values = torch.tensor([_signed(value) for value in part], dtype=torch.int64, device=device)
-            keys = _mix(keys + _GOLDEN + values)
-        self.keys_B = keys
+        self.keys_B = image_keys(seed, classes, indices).to(device)
 
     def keys(self, step: int, stream: int) -> Tensor:
         """The images' keys of one step and stream, int64 (B,)."""
