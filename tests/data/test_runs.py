@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from run_folders import write_run
@@ -63,6 +64,22 @@ def test_runs_are_found_below_and_the_rest_is_named(tmp_path):
         "other": "it holds no config.json",
     }
     assert find_runs(root / "a") == ([root / "a"], {})
+
+
+def test_a_folder_that_may_not_be_read_stops_nothing(tmp_path, monkeypatch):
+    for name in ("a", "secret"):
+        write_run(tmp_path / "runs" / name)
+    is_file = Path.is_file
+
+    def refuse(path):
+        if path.parent.name == "secret":
+            raise PermissionError(13, "Permission denied")
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    runs, others = find_runs(tmp_path / "runs")
+    assert [run.name for run in runs] == ["a"]
+    assert list(others.values()) == ["it cannot be read: Permission denied"]
 
 
 def test_a_link_in_a_circle_ends(tmp_path):

@@ -81,6 +81,19 @@ def test_final_numbers_stand_side_by_side(tmp_path):
     assert numbers["best validation loss"] == [pytest.approx(4.2), None]
     assert numbers["validation accuracy"] == [0.09, None]
     assert "parameters" not in numbers  # neither has any
+    last = {
+        "kind": "validation",
+        "step": 1,
+        "loss": 2.0,
+        "loss_last": 3.0,
+        "loss_by_scale": [1.0],
+        "perplexity_scale_0": 4.0,
+    }
+    numbers = final_numbers([read_run(write_run(tmp_path / "c", records=[last]))])
+    assert {name for name in numbers if name.startswith("validation")} == {
+        "validation loss",
+        "validation loss, finest scale",
+    }
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

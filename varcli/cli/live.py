@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from varcli.cli import console
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from varcli.training.plan import TrainPlan
 
 _KEEP = 0.9  # share of the smoothed loss that one log line leaves
-_LABEL = 12  # width of the names on the left
+_LABEL = 13  # width of the names on the left
 _GAP = "  "  # between entries
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SCALE = re.compile(r"(.+)_scale_(\d+)")
@@ -33,23 +33,26 @@ def training_progress(description: str) -> OnStep:
     return TrainingView(description) if console.is_terminal() else console.progress(description)
 
 
-def expect(view: OnStep, plan: TrainPlan, device: torch.device, num_devices: int = 1) -> None:
-    """Tell a live view what is about to be trained, so that it can show tokens, TFLOP/s and their share of the peak.
+def expect(view: OnStep, device: torch.device, plan: TrainPlan | None = None, num_devices: int = 1) -> None:
+    """Tell a live view what is about to be trained on what, so that it can show more. Elsewhere nothing is done.
 
-    On CUDA this measures the device's matrix product, in a second or less. Nothing is done where there is no live view.
-    num_devices: how many share a batch.
+    device: of this process, whose memory is shown. plan: gives tokens and TFLOP/s, and on CUDA their share of the matrix
+    product's rate, which takes a second or less to measure. num_devices: how many share a batch.
     """
     if not isinstance(view, TrainingView):
+        return
+    view.work = Work(read_memory=_memory_reader(device))
+    if plan is None:
         return
     from varcli.scaling.flops import training_flops
 
     flops = training_flops(plan.depth, plan.width, (plan.tokens_per_image,), plan.vocab_size)
     peak = _measure_peak(device, plan.precision)
-    view.work = Work(
+    view.work = replace(
+        view.work,
         tokens=plan.tokens_per_image,
         tflop=flops / 1e12,
         peak_tflops=None if peak is None else peak * num_devices,
-        read_memory=_memory_reader(device),
     )
 
 

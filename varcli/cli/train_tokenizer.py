@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from varcli.cli import console
-from varcli.cli.live import training_progress
+from varcli.cli.live import expect, training_progress
 from varcli.cli.options import (
     ConfigFileOption,
     DeviceOption,
@@ -54,6 +54,7 @@ def train_tokenizer(
     With several GPUs: torchrun --nproc-per-node 8 -m varcli train-tokenizer IMAGES; a batch is shared among them.
     """
     from varcli import config as configs
+    from varcli.devices import resolve_device
     from varcli.distributed import join_world
     from varcli.errors import VarcliError
     from varcli.progress import ignore
@@ -67,6 +68,8 @@ def train_tokenizer(
         values = gather_tokenizer(collect_settings(config, settings, given))
         architecture = values.pop("tokenizer", {})
         resolved = configs.from_dict(TokenizerTrainConfig, values)
+        view = training_progress("training") if world.is_first else ignore
+        expect(view, resolve_device(own_device))
         result = train(
             images,
             out,
@@ -77,7 +80,7 @@ def train_tokenizer(
             device=own_device,
             resume=resume,
             given=values.keys(),
-            on_step=training_progress("training") if world.is_first else ignore,
+            on_step=view,
             on_validation=draw_curves,
             world=world,
         )

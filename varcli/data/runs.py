@@ -107,7 +107,11 @@ def find_runs(root: Path) -> tuple[list[Path], dict[Path, str]]:
     except OSError as error:
         raise ArtifactError(f"cannot read `{root}`: {error.strerror}") from None
     for entry in entries:
-        below = list(_search(entry, _MAX_DEPTH))
+        try:
+            below = list(_search(entry, _MAX_DEPTH))
+        except OSError as error:
+            others[entry] = f"it cannot be read: {error.strerror}"
+            continue
         runs += below
         if not below:
             others[entry] = _what(entry, is_locked(entry))
@@ -147,11 +151,7 @@ def _search(folder: Path, depth: int) -> Iterator[Path]:
     if is_run(folder):
         yield folder
     elif depth:
-        try:
-            entries = _folders(folder)
-        except OSError:
-            return
-        for entry in entries:
+        for entry in _folders(folder):
             if entry.name not in _PARTS:
                 yield from _search(entry, depth - 1)
 

@@ -142,7 +142,8 @@ def final_numbers(runs: Sequence[RunRecord]) -> dict[str, list[float | None]]:
         for kind in ("validation", "evaluation"):
             for name, value in (run.lines(kind) or [{}])[-1].items():
                 if is_number(value) and name not in ("step", *_UNIMPORTANT) and _PER_SCALE not in name:
-                    column[f"{kind} {name.replace('_', ' ')}"] = value
+                    finest = ", finest scale" if name.endswith("_last") else ""
+                    column[f"{kind} {name.removesuffix('_last').replace('_', ' ')}{finest}"] = value
         columns.append(column)
     names = dict.fromkeys(name for column in columns for name in column)
     rows = {name: [column.get(name) for column in columns] for name in names}
