@@ -200,7 +200,7 @@ def test_without_a_terminal_there_are_lines(capsys, clock):
     clock[0] = 6.0
     on_step(Step(5, 10, values={"loss": 4.0}, details=DETAILS))
     assert capsys.readouterr().err == "training: 5/10 steps, loss 4\n"
-    expect(on_step, torch.device("cpu"))  # nothing to tell
+    expect(on_step, None, torch.device("cpu"))  # nothing to tell
 
 
 @dataclasses.dataclass
@@ -216,13 +216,13 @@ class Plan:
 
 def test_a_plan_gives_work_and_no_peak_on_a_cpu(monkeypatch):
     shown = TrainingView("training")
-    expect(shown, torch.device("cpu"), Plan())
+    expect(shown, Plan(), torch.device("cpu"))
     assert shown.work.tokens == 680 and shown.work.peak_tflops is None
     assert shown.work.tflop == pytest.approx(0.929, rel=0.01)
     now, most, whole = shown.work.read_memory()
     assert (now, whole) == (None, None) and most > 0
     monkeypatch.setattr(live, "_measure_peak", lambda device, precision: 700.0)
-    expect(shown, torch.device("cpu"), Plan(), num_devices=4)
+    expect(shown, Plan(), torch.device("cpu"), num_devices=4)
     assert shown.work.peak_tflops == 2800.0
 
 
@@ -230,7 +230,7 @@ def test_a_plan_gives_work_and_no_peak_on_a_cpu(monkeypatch):
 def test_the_peak_of_a_gpu_is_measured_and_leaves_no_memory_taken():
     shown = TrainingView("training")
     before = torch.cuda.memory_reserved()
-    expect(shown, torch.device("cuda"), Plan())
+    expect(shown, Plan(), torch.device("cuda"))
     assert shown.work.peak_tflops > 10
     assert torch.cuda.memory_reserved() <= before
     now, most, whole = shown.work.read_memory()

@@ -33,11 +33,11 @@ def training_progress(description: str) -> OnStep:
     return TrainingView(description) if console.is_terminal() else console.progress(description)
 
 
-def expect(view: OnStep, device: torch.device, plan: TrainPlan | None = None, num_devices: int = 1) -> None:
+def expect(view: OnStep, plan: TrainPlan | None, device: torch.device, num_devices: int = 1) -> None:
     """Tell a live view what is about to be trained on what, so that it can show more. Elsewhere nothing is done.
 
-    device: of this process, whose memory is shown. plan: gives tokens and TFLOP/s, and on CUDA their share of the matrix
-    product's rate, which takes a second or less to measure. num_devices: how many share a batch.
+    plan: gives tokens and TFLOP/s, and on CUDA their share of the matrix product's rate, which takes a second or less to
+    measure. device: of this process, whose memory is shown. num_devices: how many share a batch.
     """
     if not isinstance(view, TrainingView):
         return

@@ -110,7 +110,7 @@ def train(
 
     def announce(plan: TrainPlan) -> None:
         console.note(describe_plan(plan, folder))
-        expect(view, resolve_device(device), plan)
+        expect(view, plan, resolve_device(device))
 
     result = train_transformer(
         codes,

@@ -69,7 +69,7 @@ def train_tokenizer(
         architecture = values.pop("tokenizer", {})
         resolved = configs.from_dict(TokenizerTrainConfig, values)
         view = training_progress("training") if world.is_first else ignore
-        expect(view, resolve_device(own_device))
+        expect(view, None, resolve_device(own_device))
         result = train(
             images,
             out,
