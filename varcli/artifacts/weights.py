@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,28 @@ if TYPE_CHECKING:
     import torch
 
 _HINT = "its config and its weights do not belong together"
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Build modules on torch's meta device, for `load_state(..., assign=True)`: nothing is drawn, no memory is taken.
+
+    Drawing there is not only work for nothing: torch then imports its compiler, which takes seconds.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class NoDraws(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func.__name__ in (
+                "normal_",
+                "uniform_",
+            ):  # of torch.nn.init, and a tensor's own: they return what they fill
+                return args[0] if args else kwargs["tensor"]
+            return func(*args, **(kwargs or {}))
+
+    with torch.device("meta"), NoDraws():
+        yield
 
 
 def load_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor], where: Path, assign: bool = False) -> None:

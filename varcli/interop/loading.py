@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from varcli import config as configs
 from varcli.artifacts.verify import require_finite
+from varcli.artifacts.weights import without_weights
 from varcli.errors import ArtifactError, ConfigError
 from varcli.interop.checkpoint import Checkpoint, State, read_checkpoint
 from varcli.interop.names import quantizer_names, tokenizer_names, transformer_buffers, transformer_names
@@ -55,7 +56,7 @@ def load_tokenizer(source: Source, **config: Any) -> VQVAE:
     tokenizer_config = configs.from_dict(TokenizerConfig, settings)
     options.check("in_channels", 3)
     options.check("image_size", tokenizer_config.image_size)
-    with torch.device("meta"):
+    with without_weights():
         tokenizer = VQVAE(tokenizer_config)
     names = tokenizer_names(tokenizer.state_dict(), tokenizer_config.num_phis)
     return _fill(tokenizer, names, _with_usage(state, tokenizer_config), {}, found.where)
@@ -74,7 +75,7 @@ def load_quantizer(source: Source, **config: Any) -> MultiScaleQuantizer:
         raise ArtifactError(f"`{found.where}` holds {found.content}, but a quantizer is needed")
     options = Options(config, TOKENIZER_OPTIONS, found.where)
     quantizer_config = configs.from_dict(TokenizerConfig, _quantizer_settings(state, options, found))
-    with torch.device("meta"):
+    with without_weights():
         quantizer = MultiScaleQuantizer(quantizer_config)
     names = quantizer_names(quantizer.state_dict(), quantizer_config.num_phis)
     return _fill(quantizer, names, _with_usage(state, quantizer_config), {}, found.where)
@@ -119,7 +120,7 @@ def load_transformer(source: Source, **config: Any) -> Transformer:
     }
     transformer_config = configs.from_dict(TransformerConfig, settings)
     options.check("seq_len", transformer_config.seq_len)
-    with torch.device("meta"):
+    with without_weights():
         transformer = Transformer(transformer_config)
     buffers = transformer_buffers(transformer_config)
     return _fill(transformer, transformer_names(transformer.state_dict()), state, buffers, where)

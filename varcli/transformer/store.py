@@ -11,7 +11,7 @@ import torch
 from varcli import config as configs
 from varcli.artifacts.manifest import Manifest, write_manifest
 from varcli.artifacts.verify import read_checked_tensors, read_manifest, require_finite
-from varcli.artifacts.weights import load_state
+from varcli.artifacts.weights import load_state, without_weights
 from varcli.artifacts.write import prepare_folder, write_tensors
 from varcli.errors import ArtifactError
 from varcli.transformer.base import TransformerConfig
@@ -53,7 +53,7 @@ def load_transformer(
     config = configs.from_dict(TransformerConfig, manifest.info["config"])
     state = read_checked_tensors(folder, WEIGHTS_NAME, manifest)
     require_finite(state, f"`{folder}`")
-    with torch.device("meta"):  # the weights come from the file: drawing them first would be work for nothing
+    with without_weights():
         model = Transformer(config)
     load_state(model, {name: tensor.float() for name, tensor in state.items()}, folder, assign=True)
     if dtype != torch.float32:
