@@ -25,7 +25,7 @@ from varcli.cli.app import app
 from varcli.errors import ConfigError
 from varcli.tokenizer import TokenizerConfig
 from varcli.tokenizer.discriminator import PatchDiscriminator
-from varcli.training.tokenizer_objective import TokenizerTrainConfig
+from varcli.training.tokenizer_settings import TokenizerTrainConfig
 
 CPU = torch.device("cpu")
 TINY = TokenizerConfig(

@@ -25,7 +25,7 @@ from varcli.tokenizer.store import load_tokenizer
 from varcli.training.checkpoint import list_checkpoints
 from varcli.training.parallel import average_gradients, average_numbers, share_batch
 from varcli.training.tokenizer import train_tokenizer
-from varcli.training.tokenizer_objective import TokenizerTrainConfig
+from varcli.training.tokenizer_settings import TokenizerTrainConfig
 
 ROOT = Path(varcli.__file__).parents[1]
 CONFIG = TokenizerTrainConfig(
@@ -57,7 +57,7 @@ RANK = """
     from varcli.progress import Step
     from varcli.training import tokenizer_trainer
     from varcli.training.tokenizer import train_tokenizer
-    from varcli.training.tokenizer_objective import TokenizerTrainConfig
+    from varcli.training.tokenizer_settings import TokenizerTrainConfig
     images, out, config, deed = sys.argv[1:]
     right = tokenizer_trainer.TokenizerTrainer.train_step
     def train_step(self, step):

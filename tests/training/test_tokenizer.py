@@ -26,12 +26,8 @@ from varcli.tokenizer.store import load_tokenizer
 from varcli.training import tokenizer_objective
 from varcli.training.checkpoint import list_checkpoints
 from varcli.training.tokenizer import train_tokenizer
-from varcli.training.tokenizer_objective import (
-    TokenizerTrainConfig,
-    adversarial_share,
-    augment,
-    draw_kept_scales,
-)
+from varcli.training.tokenizer_objective import adversarial_share, augment, draw_kept_scales
+from varcli.training.tokenizer_settings import TokenizerTrainConfig
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from varcli.config import parse_assignments, replace
 from varcli.tokenizer import TokenizerConfig
 from varcli.training.runlog import read_log
 from varcli.training.tokenizer_health import advise, collapse_warnings
-from varcli.training.tokenizer_objective import TokenizerTrainConfig
+from varcli.training.tokenizer_settings import TokenizerTrainConfig
 
 CONFIG = TokenizerTrainConfig(
     tokenizer=TokenizerConfig(patch_nums=(1, 2, 8), width=32, vocab_size=64), steps=10_000, restart_every=100

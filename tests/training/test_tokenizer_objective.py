@@ -8,7 +8,8 @@ import torch
 from varcli.errors import ConfigError
 from varcli.scales import NAMED_SCHEDULES
 from varcli.tokenizer import TokenizerConfig
-from varcli.training.tokenizer_objective import REGULARIZERS, TokenizerObjective, TokenizerTrainConfig
+from varcli.training.tokenizer_objective import TokenizerObjective
+from varcli.training.tokenizer_settings import REGULARIZERS, TokenizerTrainConfig
 
 TINY = TokenizerConfig(
     patch_nums=(1, 2), vocab_size=8, code_channels=4, width=8, channel_multipliers=(1, 1), norm_groups=2

@@ -19,8 +19,8 @@ from varcli.errors import ArtifactError, ConfigError
 from varcli.tokenizer import VQVAE
 from varcli.tokenizer.store import load_tokenizer, save_tokenizer
 from varcli.training.tokenizer import train_tokenizer
-from varcli.training.tokenizer_objective import PARTS, TokenizerTrainConfig
 from varcli.training.tokenizer_parent import TokenizerParent, load_parent
+from varcli.training.tokenizer_settings import PARTS, TokenizerTrainConfig
 
 
 def config(**changes) -> TokenizerTrainConfig:

@@ -9,7 +9,7 @@ from varcli import config as configs
 from varcli.errors import ConfigError
 from varcli.scales import PatchNums
 from varcli.tokenizer import TokenizerConfig
-from varcli.training.tokenizer_objective import TokenizerTrainConfig
+from varcli.training.tokenizer_settings import TokenizerTrainConfig
 from varcli.transformer import TransformerConfig
 
 _SMALL_SIDE = 64  # pixels, of the small tokenizer

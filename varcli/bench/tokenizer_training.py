@@ -21,7 +21,7 @@ from varcli.devices import precision_name
 from varcli.tokenizer.discriminator import PatchDiscriminator
 from varcli.tokenizer.losses import PERCEPTUAL
 from varcli.training.pixels import Pixels
-from varcli.training.tokenizer_objective import TokenizerTrainConfig
+from varcli.training.tokenizer_settings import TokenizerTrainConfig
 from varcli.training.tokenizer_trainer import TokenizerTrainer
 
 _STEPS = 1_000_000  # of the run that the measured step is taken from

@@ -22,7 +22,7 @@ from varcli.cli.options import (
 if TYPE_CHECKING:
     from varcli.bench.config import BenchConfig
     from varcli.bench.stages import Measurement
-    from varcli.training.tokenizer_objective import TokenizerTrainConfig
+    from varcli.training.tokenizer_settings import TokenizerTrainConfig
 
 _LONGEST = 25  # kernels of a profile that are shown
 _NAME_LENGTH = 90  # of a kernel, whose whole name may take several lines
@@ -151,7 +151,7 @@ def _profile(entry: Measurement) -> None:
 def _tokenizer_training(values: dict[str, Any], bench: BenchConfig) -> TokenizerTrainConfig:
     """Settings of a tokenizer's training; what its architecture leaves open is as `bench` has it."""
     from varcli import config as configs
-    from varcli.training.tokenizer_objective import TokenizerTrainConfig
+    from varcli.training.tokenizer_settings import TokenizerTrainConfig
 
     architecture = {**bench.architecture, **values.get("tokenizer", {})}
     return configs.from_dict(TokenizerTrainConfig, {**values, "tokenizer": architecture})

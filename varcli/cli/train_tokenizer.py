@@ -60,7 +60,7 @@ def train_tokenizer(
     from varcli.progress import ignore
     from varcli.report.curves import draw_curves
     from varcli.training.tokenizer import train_tokenizer as train
-    from varcli.training.tokenizer_objective import TokenizerTrainConfig
+    from varcli.training.tokenizer_settings import TokenizerTrainConfig
 
     with join_world(device) as (world, own_device):
         given = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "seed": seed, "precision": precision}

@@ -25,8 +25,8 @@ from varcli.training.parallel import share_batch
 from varcli.training.parent import find_parent
 from varcli.training.pixels import open_pixels, read_held_out
 from varcli.training.run import keep_stored, open_run
-from varcli.training.tokenizer_objective import TokenizerTrainConfig
 from varcli.training.tokenizer_parent import TokenizerParent, read_parent, remember_parent
+from varcli.training.tokenizer_settings import TokenizerTrainConfig
 from varcli.training.tokenizer_trainer import TokenizerTrainer
 
 _FREE = LoopConfig.FREE - {"steps"} | {"lpips_weights", "checkpointing", "workers", "max_skip"}  # change no number

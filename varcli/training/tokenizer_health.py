@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from varcli.tokenizer.health import find_collapse
-from varcli.training.tokenizer_objective import TokenizerTrainConfig
+from varcli.training.tokenizer_settings import TokenizerTrainConfig
 
 _JUDGED_SHARE, _JUDGED_STEPS = 0.1, 500  # of the run, and steps, before which codes may still be finding their places
 

@@ -26,14 +26,9 @@ from varcli.training.pixels import Pixels
 from varcli.training.schedules import Schedule
 from varcli.training.state import Parts
 from varcli.training.tokenizer_health import collapse_warnings
-from varcli.training.tokenizer_objective import (
-    TokenizerObjective,
-    TokenizerTrainConfig,
-    adversarial_share,
-    augment,
-    draw_kept_scales,
-)
+from varcli.training.tokenizer_objective import TokenizerObjective, adversarial_share, augment, draw_kept_scales
 from varcli.training.tokenizer_parent import load_parent
+from varcli.training.tokenizer_settings import TokenizerTrainConfig
 from varcli.training.trainer import Trainer
 
 _USAGE_DECAY = 0.99  # of the running counts that say which codes are dead
