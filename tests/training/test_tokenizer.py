@@ -25,7 +25,7 @@ from varcli.tokenizer.losses import PERCEPTUAL
 from varcli.tokenizer.store import load_tokenizer
 from varcli.training import tokenizer_objective
 from varcli.training.checkpoint import list_checkpoints
-from varcli.training.tokenizer import train_tokenizer
+from varcli.training.tokenizer import _choose_architecture, train_tokenizer
 from varcli.training.tokenizer_objective import adversarial_share, augment, draw_kept_scales
 from varcli.training.tokenizer_settings import TokenizerTrainConfig
 
@@ -108,6 +108,40 @@ def test_the_architecture_follows_from_the_images_size(tiny_images, tmp_path):
     assert load_tokenizer(tmp_path / "run" / "tokenizer").config == TokenizerConfig.for_side(32)
     assert TokenizerConfig.for_side(256) == TokenizerConfig()
     assert any("a tokenizer for 64 px" in (step.message or "") for step in told)
+
+
+SMALL_NET = TokenizerConfig.for_side(64)
+
+
+@pytest.mark.parametrize(
+    "asked, size, expected",
+    [
+        ({}, None, SMALL_NET),
+        ({"vocab_size": 512}, None, replace(SMALL_NET, vocab_size=512)),
+        ({"patch_nums": (1, 2, 4)}, None, replace(SMALL_NET, patch_nums=(1, 2, 4))),
+        ({"channel_multipliers": (1, 2)}, None, replace(SMALL_NET, channel_multipliers=(1, 2)).at_size(64)),
+        ({"vocab_size": 512}, 256, TokenizerConfig(vocab_size=512)),
+        ({"width": 48}, 96, replace(SMALL_NET, width=48).at_size(96)),
+    ],
+)
+def test_settings_asked_for_change_nothing_else_of_what_the_images_size_chooses(asked, size, expected):
+    assert _choose_architecture(asked, size, 64) == expected
+
+
+def test_a_run_that_goes_on_keeps_what_is_not_asked_for_again(tiny_images, tmp_path):
+    def run(asked, size=None):
+        settings = config(tokenizer=None, steps=1, validate_every=0)
+        given = {"steps", "batch_size", "perceptual_weight"}
+        train_tokenizer(
+            tiny_images, tmp_path / "run", settings, architecture=asked, size=size, device="cpu", given=given
+        )
+        return load_tokenizer(tmp_path / "run" / "tokenizer").config
+
+    begun = run({"patch_nums": (1, 2, 4), "width": 16, "vocab_size": 32})
+    assert (begun.image_size, begun.width) == (32, 16)
+    assert run({"vocab_size": 32}) == run({}, size=32) == begun
+    with pytest.raises(ConfigError, match="tokenizer was"):
+        run({"vocab_size": 64})
 
 
 def test_the_loss_falls_and_the_result_says_how_good_it_is(tiny_images, tmp_path):

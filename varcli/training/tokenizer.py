@@ -63,8 +63,8 @@ def train_tokenizer(
     `out/tokenizer` with each checkpoint. Images smaller than the tokenizer's are enlarged, which is told; how they are cut
     and read: `open_pixels`. init_from: a tokenizer, model or run folder whose architecture and weights a new run begins
     with; see `TokenizerParent.inherit` for what may differ. architecture: the settings of `config.tokenizer` that are asked for
-    where not all of them are; the others are init_from's, or TokenizerConfig's defaults. size: pixels, side of the images
-    to learn; chooses patch_nums, and without init_from all that the architecture leaves open (`TokenizerConfig.for_side`).
+    where not all of them are; the others are init_from's or those of the run that goes on, else they suit the images' size
+    (`TokenizerConfig.for_side`). size: pixels, side of the images to learn; chooses patch_nums as well.
     given: names of settings that a resumed run must have been begun with, None means those that are not at their
     defaults; it keeps the others. on_validation: called with the run folder after each validation, e.g. to draw what its
     log holds. world: processes that share each batch and all call this, each with a device of its own; the first one
@@ -86,7 +86,9 @@ def train_tokenizer(
         parent = find_parent(run, init_from, KIND, read_parent, remember_parent)
         typical = typical_side(tree.root, tree.splits[train])
         if parent is not None or asked or size is not None or config.tokenizer is None:
-            config = replace(config, tokenizer=_choose_architecture(asked, size, parent, typical))
+            stored = (run.config or {}).get("tokenizer") if run.checkpoint is not None else None
+            own = configs.from_dict(TokenizerConfig, stored) if stored else None
+            config = replace(config, tokenizer=_choose_architecture(asked, size, typical, parent, own))
         _check_start(config, parent)
         config = replace(config, precision=precision_name(resolve_precision(config.precision, where)))
         listing = hashlib.sha256("\n".join(tree.splits[train].paths).encode("utf-8", "surrogateescape")).hexdigest()
@@ -137,16 +139,24 @@ def train_tokenizer(
 
 
 def _choose_architecture(
-    asked: Mapping[str, Any], size: int | None, parent: TokenizerParent | None, typical: int
+    asked: Mapping[str, Any],
+    size: int | None,
+    typical: int,
+    parent: TokenizerParent | None = None,
+    own: TokenizerConfig | None = None,
 ) -> TokenizerConfig:
-    """The architecture of settings `asked`, for images of `size` px or else of `typical` ones."""
-    if size is not None:
-        base = TokenizerConfig.for_side(size) if parent is None else parent.config
-        fitted = configs.replace(base, asked).at_size(size, asked.get("patch_nums"))
-        return fitted if parent is None else parent.inherit({**asked, "patch_nums": fitted.patch_nums})
-    if parent is not None:
-        return parent.inherit(asked)
-    return configs.from_dict(TokenizerConfig, asked) if asked else TokenizerConfig.for_side(typical)
+    """The architecture of settings `asked`, for images of `size` px or else of `typical` ones.
+
+    What is not asked for is as in `own`, of the run that goes on, or in the parent, or else as the images' size has it.
+    """
+    base = own or (TokenizerConfig.for_side(size or typical) if parent is None else parent.config)
+    side = size
+    if side is None and "channel_multipliers" in asked and "patch_nums" not in asked:
+        side = base.image_size  # another downsampling is no other resolution
+    wanted = configs.replace(base, asked)
+    if side is not None and wanted.image_size != side:
+        wanted = wanted.at_size(side, asked.get("patch_nums"))
+    return wanted if parent is None else parent.inherit({**asked, "patch_nums": wanted.patch_nums})
 
 
 def _check_start(config: TokenizerTrainConfig, parent: TokenizerParent | None) -> None:
