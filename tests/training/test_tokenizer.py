@@ -12,6 +12,7 @@ from small_tokenizer import SMALL
 
 from varcli.artifacts.verify import (
     read_checked_tensors,
+    read_json,
     read_json_lines,
     read_manifest,
     require_finite,
@@ -142,6 +143,16 @@ def test_a_run_that_goes_on_keeps_what_is_not_asked_for_again(tiny_images, tmp_p
     assert run({"vocab_size": 32}) == run({}, size=32) == begun
     with pytest.raises(ConfigError, match="tokenizer was"):
         run({"vocab_size": 64})
+
+
+def test_what_the_images_size_chooses_is_in_the_runs_config(tiny_images, tmp_path):
+    for path in tiny_images.rglob("*.png"):
+        for copy in range(12):
+            (path.parent / f"{path.stem}-{copy}.png").write_bytes(path.read_bytes())
+    settings = config(steps=1, batch_size=None, learning_rate=None, validate_every=0)
+    train_tokenizer(tiny_images, tmp_path / "run", settings, device="cpu")
+    stored = read_json(tmp_path / "run" / "config.json")["config"]
+    assert (stored["batch_size"], stored["learning_rate"]) == (192, 5e-4)
 
 
 def test_the_loss_falls_and_the_result_says_how_good_it_is(tiny_images, tmp_path):

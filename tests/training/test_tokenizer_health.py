@@ -13,7 +13,7 @@ from varcli.training.tokenizer_settings import TokenizerTrainConfig
 
 CONFIG = TokenizerTrainConfig(
     tokenizer=TokenizerConfig(patch_nums=(1, 2, 8), width=32, vocab_size=64), steps=10_000, restart_every=100
-)
+).at_side(64)
 DEAD = {"images": 1000, "codebook_used": 0.1, "perplexity_scale_0": 1.0, "perplexity_scale_1": 20.0}
 DEAD |= {"perplexity_scale_2": 1.5}
 

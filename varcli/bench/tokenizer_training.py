@@ -49,9 +49,10 @@ def tokenizer_training_stage(
 def training_settings(size: int, config: BenchConfig, dtype: torch.dtype) -> TokenizerTrainConfig:
     """The training's settings with what the benchmark decides put in."""
     settings = config.tokenizer_training or TokenizerTrainConfig()
+    tokenizer = settings.tokenizer or config.tokenizer
     return replace(
-        settings,
-        tokenizer=settings.tokenizer or config.tokenizer,
+        settings.at_side(tokenizer.image_size),
+        tokenizer=tokenizer,
         batch_size=size,
         steps=_STEPS,
         restart_every=0,

@@ -26,15 +26,21 @@ from varcli.cli.options import (
 def train_tokenizer(
     images: Annotated[Path, Argument(help="Folder of images; its val/, if it has one, is held out.")],
     out: OutOption = Path("tokenizers/mine"),
-    steps: Annotated[int | None, Option("--steps", help="Optimizer steps.", show_default=False)] = None,
-    batch_size: Annotated[int | None, Option("--batch-size", help="Images a step.", show_default=False)] = None,
+    steps: Annotated[int | None, Option("--steps", help="Optimizer steps; default: 8,500.", show_default=False)] = None,
+    batch_size: Annotated[
+        int | None,
+        Option("--batch-size", help="Images a step; default: 192 below 128 px, 16 at 256 px.", show_default=False),
+    ] = None,
     config: ConfigFileOption = None,
     settings: SetOption = None,
     size: Annotated[
         int | None,
         Option("--size", min=1, help="Side in pixels of the images it is for; default: theirs.", show_default=False),
     ] = None,
-    lr: Annotated[float | None, Option("--lr", help="Peak learning rate.", show_default=False)] = None,
+    lr: Annotated[
+        float | None,
+        Option("--lr", help="Peak learning rate; default: 5e-4 below 128 px, else 1e-4.", show_default=False),
+    ] = None,
     seed: Annotated[int | None, Option("--seed", min=0, help="Seed of everything random; default: 0.")] = None,
     init_from: Annotated[
         str | None,

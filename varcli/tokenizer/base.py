@@ -11,7 +11,7 @@ from torch import Tensor
 from varcli.errors import ConfigError
 from varcli.scales import NAMED_SCHEDULES, PatchNums
 
-_SMALL_BELOW = 128  # pixels
+SMALL_BELOW = 128  # px: images with a shorter side get a small architecture where none is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class TokenizerConfig:
     @classmethod
     def for_side(cls, side: int) -> TokenizerConfig:
         """Return an architecture for images of `side` pixels: a small one for 64 px below 128, else the released one."""
-        if side >= _SMALL_BELOW:
+        if side >= SMALL_BELOW:
             return cls()
         return cls(
             patch_nums=(1, 2, 3, 4, 5, 6, 8),

@@ -82,13 +82,14 @@ def train_tokenizer(
     train = "train" if "train" in names else names[0]
     with open_run(out, resume, world) as run:
         config = keep_stored(config, run.config, fixed)
-        share_batch(config.batch_size, world)  # raises before anything is read or written
         parent = find_parent(run, init_from, KIND, read_parent, remember_parent)
         typical = typical_side(tree.root, tree.splits[train])
         if parent is not None or asked or size is not None or config.tokenizer is None:
             stored = (run.config or {}).get("tokenizer") if run.checkpoint is not None else None
             own = configs.from_dict(TokenizerConfig, stored) if stored else None
             config = replace(config, tokenizer=_choose_architecture(asked, size, typical, parent, own))
+        config = config.at_side(config.tokenizer.image_size)
+        share_batch(config.batch_size, world)  # raises before anything is read or written
         _check_start(config, parent)
         config = replace(config, precision=precision_name(resolve_precision(config.precision, where)))
         listing = hashlib.sha256("\n".join(tree.splits[train].paths).encode("utf-8", "surrogateescape")).hexdigest()
