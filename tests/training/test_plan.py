@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from varcli.scales import PatchNums
 from varcli.training import plan
-from varcli.training.plan import fit_micro_batch, memory_hint
+from varcli.training.objective import measure
+from varcli.training.plan import activation_bytes, fit_micro_batch, memory_hint
+from varcli.transformer import Transformer, TransformerConfig
 
 
 @pytest.mark.parametrize(
@@ -16,6 +19,40 @@ from varcli.training.plan import fit_micro_batch, memory_hint
 def test_a_batch_is_cut_into_the_largest_equal_pieces_that_fit(monkeypatch, batch_size, fitting, expected):
     monkeypatch.setattr(plan, "free_bytes", lambda device: 100 + fitting * 10 / 0.85 + 1e-6)
     assert fit_micro_batch(batch_size, 10, 85, torch.device("cpu")) == expected
+
+
+def kept_bytes(config: TransformerConfig, dtype: torch.dtype, kernels: str, batch: int) -> int:
+    """What autograd keeps of a forward pass up to the loss, weights left out."""
+    torch.manual_seed(0)
+    model = Transformer(config).train()
+    model.kernels = kernels
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = []
+    codes, labels = torch.zeros(batch, config.seq_len, dtype=torch.long), torch.zeros(batch, dtype=torch.long)
+    x = torch.randn(batch, config.seq_len - config.step_lengths[0], config.code_channels)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
+        measure(model, labels, x, codes, 0.0, config.step_lengths[-1])
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    return sum(size for place, size in storages.items() if place not in weights)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("mlp_ratio", "dropout", "shared_adaln"), [(4.0, 0.0, False), (2.5, 0.1, True)])
+def test_activations_are_what_autograd_keeps(kernels, dtype, mlp_ratio, dropout, shared_adaln):
+    changes = {"mlp_ratio": mlp_ratio, "dropout": dropout, "shared_adaln": shared_adaln, "vocab_size": 64}
+    scales = PatchNums((1, 2, 3, 4, 5, 6, 8))
+    config = TransformerConfig.from_depth(3, **changes, step_lengths=scales.step_lengths, num_classes=3)
+    image = kept_bytes(config, dtype, kernels, 3) - kept_bytes(config, dtype, kernels, 2)
+    per_token = (
+        (4, 12) if kernels == "torch" else (0, 0)
+    )  # of a code: log-softmax alone, and with what the backward adds
+    logits, whole = (64 * config.seq_len * count for count in per_token)
+    estimate = activation_bytes(config, dtype, False, kernels) - whole
+    assert estimate == pytest.approx(image - logits, rel=0.05)
 
 
 def test_the_flag_to_change_is_named_and_fits_what_was_tried():

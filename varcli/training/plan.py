@@ -12,10 +12,18 @@ import torch
 
 from varcli.transformer import TransformerConfig
 
-# bytes saved for the backward pass per token, block and channel, measured: d16 at 256 px on an H100 takes 42 compiled
-# and 56 eager in bf16; float32 keeps twice the bytes
-_ACTIVATION_BYTES = {"compiled": 44, "eager": 60, "fp32": 110}
-_LOGIT_BYTES = 16  # per token and code: float32 logits, their log-softmax, its gradient, and one copy
+# bytes that autograd keeps per token: of a block and channel beside the feed-forward layer's hidden ones, of a block and
+# hidden channel, and of a channel outside the blocks. Counted (tests/training/test_plan.py), but for what is compiled,
+# where d16 at 256 px took 42 a block and channel on an H100
+_KEPT_BYTES = {
+    ("torch", "half"): (47, 4, 11),
+    ("torch", "compiled"): (28, 4, 11),
+    ("torch", "fp32"): (61, 8, 13),
+    ("triton", "half"): (23, 4, 5),
+    ("triton", "compiled"): (23, 4, 5),
+    ("triton", "fp32"): (45, 8, 9),
+}
+_LOGIT_BYTES = {"torch": 12, "triton": 0}  # per token and code: log-softmax, its gradient, and the logits'
 _USABLE = 0.85  # of the free memory; the rest is fragmentation and workspaces
 
 
@@ -53,16 +61,23 @@ class TrainPlan:
         return self.steps * self.batch_size / self.num_images
 
 
-def activation_bytes(config: TransformerConfig, dtype: torch.dtype, is_compiled: bool) -> int:
-    """Estimate of what one image needs between forward and backward."""
-    kind = "fp32" if dtype == torch.float32 else "compiled" if is_compiled else "eager"
-    blocks = config.depth * config.width * _ACTIVATION_BYTES[kind]
-    return config.seq_len * (blocks + config.vocab_size * _LOGIT_BYTES)
+def activation_bytes(config: TransformerConfig, dtype: torch.dtype, is_compiled: bool, kernels: str = "torch") -> int:
+    """Estimate of what one image needs between forward and backward. kernels: of `varcli.kernels.KERNELS`."""
+    kind = "fp32" if dtype == torch.float32 else "compiled" if is_compiled else "half"
+    beside, hidden, outside = _KEPT_BYTES[kernels, kind]
+    per_block = beside + hidden * config.mlp_ratio + (hidden if config.dropout else 0)
+    channels = config.width * (config.depth * per_block + outside)
+    return round(config.seq_len * (channels + config.vocab_size * _LOGIT_BYTES[kernels]))
 
 
 def state_bytes(num_parameters: int, num_averages: int) -> int:
     """Weights, gradients, two moments, a half-precision copy while computing, and averages of weights."""
     return num_parameters * (4 + 4 + 8 + 2 + 4 * num_averages)
+
+
+def update_bytes(num_parameters: int, num_averages: int) -> int:
+    """What an update takes, when no activation is left: weights, gradients, two moments, averages, and one copy in passing."""
+    return num_parameters * (4 + 4 + 8 + 4 * num_averages + 4)
 
 
 def fit_micro_batch(batch_size: int, image_bytes: int, fixed_bytes: int, device: torch.device) -> int:

@@ -32,6 +32,7 @@ from varcli.training.plan import (
     process_bytes,
     state_bytes,
     time_once,
+    update_bytes,
 )
 from varcli.training.recipes import choose_recipe
 from varcli.training.settings import TrainConfig
@@ -298,6 +299,7 @@ class TransformerTrainer(Trainer):
         memory_bytes = torch.cuda.max_memory_allocated(self.device) if on_cuda else process_bytes()
         memory_bytes += 8 * self.model.num_parameters  # the moments come with the first step
         memory_bytes += (self.micro_batch_size - images) * self._image_bytes()
+        memory_bytes = max(memory_bytes, update_bytes(self.model.num_parameters, len(self.averages.members)))
         steps_left = self.config.steps - start_step
         self.planned_seconds = seconds * self.batch_size / images
         return TrainPlan(
@@ -356,7 +358,7 @@ class TransformerTrainer(Trainer):
         return fit_micro_batch(self.batch_size, self._image_bytes(), self._fixed_bytes(), self.device)
 
     def _image_bytes(self) -> int:
-        return activation_bytes(self.model_config, self.dtype, self.is_compiled)
+        return activation_bytes(self.model_config, self.dtype, self.is_compiled, self.model.kernels)
 
     def _fixed_bytes(self) -> int:
         return state_bytes(self.model.num_parameters, len(self.averages.members))
