@@ -43,6 +43,9 @@ def test_commands_and_parts_are_measured(without_network, monkeypatch):
     assert {"decoding alone", "fid", "sfid", "precision, recall"} <= set(names)
     assert all(part.seconds > 0 for part in result.parts)
     assert 0.5 < result.file_kb < 10
+    record = result.record()
+    assert (record["stage"], record["device"], record["matmul_tflops"]) == ("eval", "test", 0.1)
+    assert len(record["parts"]) == len(result.parts) and "torch" in record
 
 
 def test_a_command_is_timed_and_its_failure_told():

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
 from varcli.bench import calibrate
+from varcli.bench.config import BenchConfig
+from varcli.bench.counting import encoding_flops
 from varcli.bench.profile import by_kind, kind_of
-from varcli.bench.stages import STAGES, BenchConfig, encoding_flops, run_bench
+from varcli.bench.stages import STAGES, run_bench
+from varcli.cli.app import app
 from varcli.errors import ConfigError
 
 
@@ -29,8 +35,26 @@ def test_every_stage_is_measured_with_consistent_numbers(stage):
         assert entry.tflops > 0
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_line_of_json_says_on_its_own_what_ran_where(stage):
+    command = ["bench", stage, "--depth", "1", "--scales", "1,2", "--tokenizer-width", "32", "--repeats", "1"]
+    command += ["--batch-size", "1", "--batch-size", "2", "--device", "cpu", "--precision", "bf16", "--json"]
+    if stage == "train-tokenizer":  # without its large networks, which take long
+        command += ["--set", "perceptual_weight=0", "--set", "adversarial_weight=0"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(record["stage"], record["batch_size"]) for record in records] == [(stage, 1), (stage, 2)]
+    for record in records:
+        assert {"milliseconds", "images_per_second", "tflops", "share_of_matmul", "peak_gib"} <= record.keys()
+        assert (record["precision"], record["is_compiled"], record["torch"]) == ("bf16", False, torch.__version__)
+        assert (record["device"], record["matmul_tflops"], record["copy_gb_per_second"]) == ("test", 0.1, 10.0)
+        assert (record["model"]["image_size"], record["details"]["repeats"]) == (32, 1)
+        assert ("depth" in record["model"]) == (stage in ("train", "sample"))
+
+
 def test_work_of_the_released_tokenizer_matches_the_count_on_the_reference():
-    assert encoding_flops(BenchConfig()) / 1e9 == pytest.approx(215.1 + 0.23, rel=0.01)
+    assert encoding_flops(BenchConfig().tokenizer) / 1e9 == pytest.approx(215.1 + 0.23, rel=0.01)
 
 
 def test_an_unknown_stage_is_refused():

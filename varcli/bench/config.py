@@ -31,12 +31,16 @@ class BenchConfig:
     profile: bool = False  # also where the time goes, kernel by kernel
     repeats: int = 5  # timed runs, of which the median counts
     device: str = "auto"  # auto, cpu, cuda or mps
+    num_files: int = 16_384  # tokenize-files: JPEG files
+    workers: int | None = None  # tokenize-files: processes that decode; None takes one a core, at most 16
 
     def __post_init__(self) -> None:
         if self.depth < 1 or self.repeats < 1 or not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ConfigError("depth, repeats and every batch size must be at least 1")
         if not self.kernels:
             raise ConfigError("kernels must be at least one of auto, torch, triton")
+        if self.num_files < 2 or (self.workers is not None and self.workers < 0):
+            raise ConfigError("tokenize-files needs two files or more, and 0 or more workers")
 
     @property
     def patch_nums(self) -> PatchNums:
@@ -55,6 +59,17 @@ class BenchConfig:
     def tokenizer(self) -> TokenizerConfig:
         """The tokenizer of the schedule and width."""
         return configs.from_dict(TokenizerConfig, self.architecture)
+
+    def describe(self, stage: str) -> dict[str, Any]:
+        """The sizes that decide the rate of a stage."""
+        training = self.tokenizer_training if stage == "train-tokenizer" else None
+        tokenizer = (training.tokenizer if training else None) or self.tokenizer
+        sizes = {"image_size": tokenizer.image_size, "patch_nums": list(tokenizer.patch_nums)}
+        if stage in ("train", "sample"):
+            sizes["depth"] = self.depth
+        if stage != "train":
+            sizes |= {"tokenizer_width": tokenizer.width, "vocab_size": tokenizer.vocab_size}
+        return sizes
 
     @property
     def transformer(self) -> TransformerConfig:

@@ -44,6 +44,11 @@ def phi_flops(tokenizer: TokenizerConfig, batch: int = 1) -> float:
     return 2.0 * 9 * batch * tokenizer.code_channels**2 * scales.grid_side**2 * scales.num_scales
 
 
+def encoding_flops(tokenizer: TokenizerConfig) -> float:
+    """One image to codes: the encoder as counted, distances to all codes, and phi at every scale."""
+    return encoder_flops(tokenizer) + distance_flops(tokenizer) + phi_flops(tokenizer)
+
+
 def empty_images(tokenizer: TokenizerConfig, batch: int) -> Tensor:
     """Images of the tokenizer's size, (batch, 3, H, W), on torch's default device."""
     return torch.empty(batch, 3, tokenizer.image_size, tokenizer.image_size)

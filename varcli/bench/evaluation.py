@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from varcli.artifacts.write import write_tensors
 from varcli.bench.calibrate import Ceiling, measure_ceiling, median_seconds
 from varcli.bench.pictures import write_pictures
+from varcli.bench.result import describe_run
 from varcli.data.samples import write_npz
 from varcli.data.stream import default_workers
 from varcli.devices import resolve_device
@@ -74,9 +76,10 @@ class EvalBenchResult:
     parts: tuple[Part, ...]
     network_tflops: float  # 1e12 operations a second of the network alone
 
-    def to_json(self) -> dict:
-        """Plain values."""
-        return asdict(self)
+    def record(self) -> dict[str, Any]:
+        """Return one record that says on its own what was measured where."""
+        values = {name: value for name, value in asdict(self).items() if name != "ceiling"}
+        return {"stage": "eval", "precision": "fp32", **values, **describe_run(self.ceiling)}
 
 
 def bench_evaluation(config: EvalBenchConfig | None = None, on_step: OnStep = ignore) -> EvalBenchResult:

@@ -1,4 +1,4 @@
-"""How fast each stage of a VAR runs with random weights: tokenize, train, sample, train-tokenizer.
+"""How fast each stage of a VAR runs with random weights: tokenize, train, sample, train-tokenizer, tokenize-files.
 
 Rates do not depend on the weights.
 """
@@ -6,16 +6,18 @@ Rates do not depend on the weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from varcli.bench.calibrate import Ceiling, measure_ceiling, median_seconds
 from varcli.bench.config import BenchConfig
-from varcli.bench.counting import decoder_flops, distance_flops, encoder_flops, phi_flops
-from varcli.bench.profile import KernelTime, profile_kernels
+from varcli.bench.counting import decoder_flops, encoding_flops
+from varcli.bench.files import FILES, measure_files
+from varcli.bench.profile import profile_kernels
+from varcli.bench.result import BenchResult, Measurement
 from varcli.bench.tokenizer_training import tokenizer_training_stage
-from varcli.devices import autocast, resolve_device, resolve_precision
+from varcli.devices import precision_name, resolve_device, resolve_precision
 from varcli.errors import unknown_name
 from varcli.kernels import resolve_kernels
 from varcli.order import ScaleOrder
@@ -24,6 +26,7 @@ from varcli.sampling import Generator, SampleConfig
 from varcli.sampling.noise import KeyedNoise
 from varcli.scaling.flops import sampling_flops, training_flops
 from varcli.tokenizer import VQVAE
+from varcli.tokenizer.batch_encoder import BatchEncoder
 from varcli.tokenizer.quantizer import MultiScaleQuantizer
 from varcli.training.objective import Objective
 from varcli.training.optim import Updater, build_adamw
@@ -31,38 +34,11 @@ from varcli.training.schedules import Schedule
 from varcli.transformer import Transformer, drop_branches
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """One stage at one batch size."""
-
-    stage: str  # a name of STAGES
-    batch_size: int  # images at once
-    milliseconds: float  # median of a whole batch
-    images_per_second: float  # batch size over that
-    tflops: float  # 1e12 operations of the arithmetic a second
-    share_of_matmul: float  # of the rate of a large matrix product on the same device in the same run
-    peak_gib: float | None  # GPU memory; None elsewhere
-    kernels: str | None = None  # train: torch or triton
-    profile: tuple[KernelTime, ...] = ()  # where the time went, if that was asked for
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchResult:
-    """The ceilings of the device, and what was reached."""
-
-    ceiling: Ceiling
-    measurements: tuple[Measurement, ...]
-
-    def to_json(self) -> dict:
-        """Plain values."""
-        return asdict(self)
-
-
 def run_bench(stage: str, config: BenchConfig | None = None, on_step: OnStep = ignore) -> BenchResult:
     """Measure a stage of STAGES, or those of ALL. Raises ConfigError for another name."""
     config = config or BenchConfig()
-    if stage != "all" and stage not in STAGES:
-        raise unknown_name("stage", stage, [*STAGES, "all"])
+    if stage not in ("all", FILES, *STAGES):
+        raise unknown_name("stage", stage, [*STAGES, FILES, "all"])
     device = resolve_device(config.device)
     dtype = resolve_precision(config.precision, device)
     choices = [resolve_kernels(kernels, device) for kernels in config.kernels]
@@ -79,8 +55,11 @@ def run_bench(stage: str, config: BenchConfig | None = None, on_step: OnStep = i
         message = f"{name}, batch {size}" + (f", {kernels} kernels" if kernels else "")
         on_step(Step(done, len(jobs), unit="measurements", message=message))
         chosen = replace(config, kernels=(kernels,)) if kernels else config
-        measurement = _measure(name, size, chosen, device, dtype, ceiling)
-        found.append(replace(measurement, kernels=kernels))
+        if name == FILES:
+            found += measure_files(size, chosen, device, dtype, ceiling, on_step)
+        else:
+            measurement = _measure(name, size, chosen, device, dtype, ceiling)
+            found.append(replace(measurement, kernels=kernels))
     on_step(Step(len(jobs), len(jobs), unit="measurements"))
     return BenchResult(ceiling=ceiling, measurements=tuple(found))
 
@@ -111,6 +90,10 @@ def _measure(
         share_of_matmul=tflops / ceiling.matmul_tflops,
         peak_gib=peak,
         profile=profile,
+        precision=precision_name(dtype),
+        is_compiled=config.compile and (name, dtype) != ("tokenize", torch.float32),  # which is never compiled there
+        model=config.describe(name),
+        details={"repeats": config.repeats},
     )
 
 
@@ -120,16 +103,10 @@ Stage = tuple[Callable[[], object], float]  # a whole batch, and the operations 
 def _tokenize(size: int, config: BenchConfig, device: torch.device, dtype: torch.dtype) -> Stage:
     """Pixels on the device to codes."""
     model = VQVAE(config.tokenizer).to(device).eval().requires_grad_(False)
-    images = torch.rand(size, 3, model.config.image_size, model.config.image_size, device=device) * 2 - 1
-    encoder = torch.compile(model.features) if config.compile else model.features
-
-    @torch.no_grad()
-    def work() -> None:
-        with autocast(device, dtype):
-            features = encoder(images)
-        model.quantizer.encode(features)
-
-    return work, encoding_flops(config)
+    side = model.config.image_size
+    images = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, device=device)
+    encoder = BatchEncoder(model, dtype, size, config.compile)
+    return lambda: encoder.encode(images), encoding_flops(config.tokenizer)
 
 
 def _train(size: int, config: BenchConfig, device: torch.device, dtype: torch.dtype) -> Stage:
@@ -173,19 +150,13 @@ def _sample(size: int, config: BenchConfig, device: torch.device, dtype: torch.d
     return work, decoder_flops(config.tokenizer) + flops
 
 
-def encoding_flops(config: BenchConfig) -> float:
-    """Operations of one image to codes: the encoder's as counted, distances to all codes, and phi at every scale."""
-    tokenizer = config.tokenizer
-    return encoder_flops(tokenizer) + distance_flops(tokenizer) + phi_flops(tokenizer)
-
-
 STAGES: dict[str, Callable[..., Stage]] = {
     "tokenize": _tokenize,
     "train": _train,
     "sample": _sample,
     "train-tokenizer": tokenizer_training_stage,
 }
-"""Every stage that can be measured, by the name of its command."""
+"""Every stage that is one piece of work on the device, by the name of its command; `FILES` is a stage of several parts."""
 
 ALL = ("tokenize", "train", "sample")
 """The stages of a transformer, which "all" measures: those of one whose tokenizer is there already."""

@@ -21,7 +21,7 @@ from varcli.cli.options import (
 
 if TYPE_CHECKING:
     from varcli.bench.config import BenchConfig
-    from varcli.bench.stages import Measurement
+    from varcli.bench.result import Measurement
     from varcli.training.tokenizer_settings import TokenizerTrainConfig
 
 _LONGEST = 25  # kernels of a profile that are shown
@@ -30,7 +30,7 @@ _NAME_LENGTH = 90  # of a kernel, whose whole name may take several lines
 
 def bench(
     stage: Annotated[
-        str, Argument(help="tokenize, train, sample, all (these three), train-tokenizer, or eval.")
+        str, Argument(help="tokenize, train, sample, all (these three), train-tokenizer, tokenize-files, or eval.")
     ] = "all",
     depth: Annotated[int, Option("--depth", help="Blocks of the transformer.")] = 16,
     scales: Annotated[
@@ -46,7 +46,10 @@ def bench(
     ] = None,
     profile: Annotated[bool, Option("--profile", help="Also show where the time goes, kernel by kernel.")] = False,
     repeats: Annotated[int, Option("--repeats", help="Timed runs; the median counts.")] = 5,
-    count: Annotated[int, Option("--n", min=256, help="eval: pictures.")] = 50_000,
+    count: Annotated[
+        int | None,
+        Option("--n", min=2, help="Pictures; default: eval 50,000, tokenize-files 16,384.", show_default=False),
+    ] = None,
     size: Annotated[int, Option("--size", min=32, help="eval: their side in pixels.")] = 256,
     workers: WorkersOption = None,
     config: ConfigFileOption = None,
@@ -59,11 +62,15 @@ def bench(
 
     `varcli bench train-tokenizer` times a step of that command with all its losses at work; --config and --set name its
     settings as there, but --batch-size, --precision and --compile are those given here. --scales 1,2,3,4,5,6,8
-    --tokenizer-width 40 is the small tokenizer for 64 px. `varcli bench eval` times `varcli eval` on made-up pictures, with
-    its parts and its memory.
+    --tokenizer-width 40 is the small tokenizer for 64 px.
+
+    `varcli bench tokenize-files` times `varcli tokenize` on made-up JPEG files, then its decoding and its encoder alone;
+    `varcli bench eval` times `varcli eval` on made-up pictures, with its parts and its memory.
+
+    --json prints a line for each result, which says on its own what ran where.
     """
     if stage == "eval":
-        _evaluation(count, size, workers, device, json)
+        _evaluation(count or 50_000, size, workers, device, json)
         return
     from varcli.bench.config import BenchConfig
     from varcli.bench.stages import run_bench
@@ -86,12 +93,14 @@ def bench(
         profile=profile,
         repeats=repeats,
         device=device,
+        workers=workers,
+        **({"num_files": count} if count else {}),
     )
     if values:
         resolved = replace(resolved, tokenizer_training=_tokenizer_training(gather_tokenizer(values), resolved))
     result = run_bench(stage, resolved, on_step=console.progress("measuring"))
     if json:
-        console.json_result(result.to_json())
+        console.json_lines(result.records())
         return
     ceiling = result.ceiling
     console.result(
@@ -111,6 +120,8 @@ def bench(
     ]
     console.table(("stage", "batch", "ms", "images/s", "of matmul", "peak GiB"), rows)
     for entry in result.measurements:
+        if "agreement" in entry.details:
+            console.result(_files_text(entry.details))
         if entry.profile:
             _profile(entry)
 
@@ -148,6 +159,17 @@ def _profile(entry: Measurement) -> None:
     console.table(("kernel", "kind", "ms", "share", "launches"), longest)
 
 
+def _files_text(details: dict[str, Any]) -> str:
+    """What a table has no column for."""
+    text = f"{details['files']:,} files of {details['file_kb']:.0f} kB in {details['seconds']:,.1f} s"
+    text += f", {details['workers']} processes decode"
+    if details["steady_images_per_second"]:
+        text += f"; {details['steady_images_per_second']:,.0f} images/s after the first batch"
+    if details["agreement"]:
+        text += f"; {details['agreement']['tokens']:.2%} of tokens are those of fp32"
+    return text
+
+
 def _tokenizer_training(values: dict[str, Any], bench: BenchConfig) -> TokenizerTrainConfig:
     """Settings of a tokenizer's training; what its architecture leaves open is as `bench` has it."""
     from varcli import config as configs
@@ -163,7 +185,7 @@ def _evaluation(count: int, size: int, workers: int | None, device: str, json: b
     config = EvalBenchConfig(count=count, side=size, workers=workers, device=device)
     result = bench_evaluation(config, on_step=console.progress("measuring"))
     if json:
-        console.json_result(result.to_json())
+        console.json_lines([result.record()])
         return
     ceiling = result.ceiling
     console.result(

@@ -36,6 +36,13 @@ def json_result(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=True, default=str))
 
 
+def json_lines(values: Iterable[Any]) -> None:
+    """Print results for programs to stdout, one JSON value a line."""
+    close_progress()
+    for value in values:
+        print(json.dumps(value, ensure_ascii=True, default=str))
+
+
 def report(value: Any, as_json: bool, text: str) -> None:
     """Print `value` as JSON if `as_json`, else `text`: the last line of most commands."""
     if as_json:
