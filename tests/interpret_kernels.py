@@ -15,7 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 
-from varcli.kernels import norm, norm_triton, qk, qk_triton
+from varcli.kernels import gelu_triton, norm, norm_triton, qk, qk_triton
 
 CAP = math.log(100)
 
@@ -26,27 +26,44 @@ def distance(actual: Tensor, expected: Tensor) -> float:
     return (actual.double() - expected.double()).norm().item() / (norm or 1.0)
 
 
-def measure_norm(batch: int, length: int, width: int, gated: bool, dtype: torch.dtype) -> dict[str, float]:
-    """Forward and backward of a modulated norm; the vectors are strided parts of one modulation, as in a block."""
+def measure_norm(batch: int, length: int, width: int, given: int, dtype: torch.dtype) -> dict[str, float]:
+    """Forward and backward of a modulated norm: alone, with a branch and its gate, or also with its bias.
+
+    given: 0, 1 or 2 of these. The vectors are strided parts of one modulation, as in a block.
+    """
     stream, branch, grad_out, grad_normed = (torch.randn(batch, length, width).to(dtype) for _ in range(4))
     gate, scale, shift = torch.randn(batch, 1, 6, width).to(dtype).unbind(2)[::2]
-    wide = [tensor.double().requires_grad_() for tensor in (stream, branch, gate, scale, shift)]
-    if gated:
-        out, normed = norm.gated_norm_reference(*wide, 1e-6)
+    bias = torch.randn(width)
+    wide = [tensor.double().requires_grad_() for tensor in (stream, branch, bias, gate, scale, shift)]
+    if given:
+        biased = wide[:2] + [wide[2] if given == 2 else None] + wide[3:]
+        out, normed = norm.gated_norm_reference(*biased, 1e-6)
         torch.autograd.backward((out, normed), (grad_out.double(), grad_normed.double()))
     else:
-        out, normed = wide[0], norm.norm_reference(wide[0], *wide[3:], 1e-6)
+        out, normed = wide[0], norm.norm_reference(wide[0], *wide[4:], 1e-6)
         normed.backward(grad_normed.double())
-    given = (branch, gate) if gated else (None, None)
-    found_out, found, mean, inverse = norm_triton.launch_forward(stream, *given, scale, shift, 1e-6)
+    branches = (branch if given else None, bias if given == 2 else None, gate if given else None)
+    found_out, found, mean, inverse = norm_triton.launch_forward(stream, *branches, scale, shift, 1e-6)
     grads = norm_triton.launch_backward(
-        grad_normed, grad_out if gated else None, found_out, *given, scale, mean, inverse
+        grad_normed, grad_out if given else None, found_out, *branches, scale, mean, inverse
     )
     pairs = {"out": (found_out, out), "normed": (found, normed), "stream": (grads[0], wide[0].grad)}
-    pairs |= {name: (grads[2][:, at], wide[3 + at].grad[:, 0]) for at, name in enumerate(("scale", "shift"))}
-    if gated:
-        pairs |= {"branch": (grads[1], wide[1].grad), "gate": (grads[2][:, 2], wide[2].grad[:, 0])}
+    pairs |= {name: (grads[2][:, at], wide[4 + at].grad[:, 0]) for at, name in enumerate(("scale", "shift"))}
+    if given:
+        pairs |= {"branch": (grads[1], wide[1].grad), "gate": (grads[2][:, 2], wide[3].grad[:, 0])}
+    if given == 2:
+        pairs["bias"] = (grads[2][:, 3].sum(dim=0), wide[2].grad)
     return {name: distance(*pair) for name, pair in pairs.items()}
+
+
+def measure_gelu(num_rows: int, width: int, dtype: torch.dtype) -> dict[str, float]:
+    """The backward pass of `biased_gelu`."""
+    before, grad = (torch.randn(num_rows, width).to(dtype) for _ in range(2))
+    bias = torch.randn(width)
+    wide = [tensor.double().requires_grad_() for tensor in (before, bias)]
+    torch.nn.functional.gelu(wide[0] + wide[1], approximate="tanh").backward(grad.double())
+    found = gelu_triton.launch_backward(grad, before, bias)
+    return {name: distance(actual, tensor.grad) for name, actual, tensor in zip(("before", "bias"), found, wide)}
 
 
 def measure_steps(batch: int, lengths: tuple[int, ...], heads: int, width: int, dtype: torch.dtype) -> dict[str, float]:
@@ -84,11 +101,14 @@ def main() -> None:
     torch.manual_seed(0)
     results = {}
     for dtype, several in ((torch.float32, True), (torch.bfloat16, False)):
-        for shape in ((2, 7, 96), (1, 67, 40), (1, 3, 2304))[: None if several else 1]:
-            for gated in (True, False):
-                results[f"{dtype} norm {shape} {gated}"] = measure_norm(*shape, gated, dtype)
-        for shape in ((2, (1, 4, 9), 3, 32), (1, (1, 4, 9, 30), 1, 24), (1, (140,), 1, 64))[: None if several else 1]:
+        few = None if several else 1
+        for shape in ((2, 7, 96), (1, 67, 40), (1, 3, 2304))[:few]:
+            for given in (2, 1, 0):
+                results[f"{dtype} norm {shape} {given}"] = measure_norm(*shape, given, dtype)
+        for shape in ((2, (1, 4, 9), 3, 32), (1, (1, 4, 9, 30), 1, 24), (1, (140,), 1, 64))[:few]:
             results[f"{dtype} steps {shape}"] = measure_steps(*shape, dtype)
+        for shape in ((7, 96), (131, 40), (3, 1100))[:few]:
+            results[f"{dtype} gelu {shape}"] = measure_gelu(*shape, dtype)
     print(json.dumps(results))
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from varcli.kernels.gelu import biased_gelu
 from varcli.kernels.norm import gated_norm, gated_norm_reference, norm, norm_reference
 from varcli.kernels.qk import normalized_steps, normalized_steps_reference
 
@@ -28,7 +29,7 @@ def test_interpreted_kernels_compute_what_float64_autograd_does():
     done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) == 12
+    assert len(results) == 20
     far = {
         f"{case}: {name}": value
         for case, values in results.items()
@@ -49,13 +50,15 @@ def distances(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float
 def test_norms_on_a_gpu_equal_their_references(shape, dtype, compiled):
     torch.manual_seed(0)
 
-    def compute(gated, plain, stream, branch, gate, scale, shift):
-        out, normed = gated(stream, branch, gate, scale, shift, 1e-6)
-        return out, normed, plain(out, shift, scale, 1e-6)
+    def compute(gated, plain, stream, branch, bias, gate, scale, shift):
+        out, normed = gated(stream, branch, bias, gate, scale, shift, 1e-6)
+        out, other = gated(out, normed, None, gate, shift, scale, 1e-6)
+        return out, other, plain(out, shift, scale, 1e-6)
 
     stream, branch = torch.randn(2, *shape, device="cuda").to(dtype)
     gate, scale, shift = torch.randn(shape[0], 1, 6, shape[2], device="cuda").to(dtype).unbind(2)[::2]
-    given = [tensor.detach().requires_grad_() for tensor in (stream, branch, gate, scale, shift)]
+    bias = torch.randn(shape[2], device="cuda")
+    given = [tensor.detach().requires_grad_() for tensor in (stream, branch, bias, gate, scale, shift)]
     wide = [tensor.detach().double().requires_grad_() for tensor in given]
     expected = compute(gated_norm_reference, norm_reference, *wide)
     call = torch.compile(compute, fullgraph=True) if compiled else compute
@@ -63,8 +66,25 @@ def test_norms_on_a_gpu_equal_their_references(shape, dtype, compiled):
     grads = [torch.randn_like(tensor) for tensor in actual]
     torch.autograd.backward(expected, [grad.double() for grad in grads])
     torch.autograd.backward(actual, grads)
-    assert distances(actual, expected) < ON_GPU[dtype]
-    assert distances([t.grad for t in given], [t.grad for t in wide]) < 2 * ON_GPU[dtype]
+    assert distances(actual, expected) < 2 * ON_GPU[dtype]
+    assert distances([t.grad for t in given], [t.grad for t in wide]) < 4 * ON_GPU[dtype]  # through three of them
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 65, 200), (2, 680, 4096)])
+def test_gelu_on_a_gpu_equals_torchs(shape, dtype, compiled):
+    torch.manual_seed(0)
+    before = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+    bias = torch.randn(shape[2], device="cuda", requires_grad=True)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (before, bias)]
+    expected = F.gelu(wide[0] + wide[1], approximate="tanh")
+    actual = (torch.compile(biased_gelu, fullgraph=True) if compiled else biased_gelu)(before, bias)
+    grad = torch.randn_like(actual)
+    expected.backward(grad.double())
+    actual.backward(grad)
+    assert distances([actual, before.grad, bias.grad], [expected, wide[0].grad, wide[1].grad]) < ON_GPU[dtype]
 
 
 @pytest.mark.gpu

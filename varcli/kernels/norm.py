@@ -21,12 +21,23 @@ def norm_reference(stream_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, eps
 
 
 def gated_norm_reference(
-    stream_BLC: Tensor, branch_BLC: Tensor, gate_B1C: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, eps: float
+    stream_BLC: Tensor,
+    branch_BLC: Tensor,
+    bias_C: Tensor | None,
+    gate_B1C: Tensor,
+    scale_B1C: Tensor,
+    shift_B1C: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """`gated_norm` in plain torch."""
-    wide = _wide(stream_BLC)
-    out = torch.addcmul(stream_BLC.to(wide), branch_BLC.to(wide), gate_B1C.to(wide)).to(stream_BLC.dtype)
+    out = _add(stream_BLC, branch_BLC, bias_C, gate_B1C)
     return out, norm_reference(out, scale_B1C, shift_B1C, eps)
+
+
+def _add(stream: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
+    wide = _wide(stream)
+    branch = branch.to(wide) if bias is None else branch.to(wide) + bias.to(wide)
+    return torch.addcmul(stream.to(wide), branch, gate.to(wide)).to(stream.dtype)
 
 
 # -- what is called --------------------------------------------------------------------------------------------------
@@ -38,14 +49,20 @@ def norm(stream_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, eps: float) -
 
 
 def gated_norm(
-    stream_BLC: Tensor, branch_BLC: Tensor, gate_B1C: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, eps: float
+    stream_BLC: Tensor,
+    branch_BLC: Tensor,
+    bias_C: Tensor | None,
+    gate_B1C: Tensor,
+    scale_B1C: Tensor,
+    shift_B1C: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return stream + gate * branch, and its modulated norm; float32 inside, the stream's dtype out.
+    """Return stream + gate * (branch + bias), and its modulated norm; float32 inside, the stream's dtype out.
 
-    The norm is that of the sum as it is rounded to the stream's dtype. Gradients of gate, scale and shift are summed in
-    float32.
+    bias_C: that of the product which made the branch, whose gradient then costs no pass of its own; None for no bias. The
+    norm is that of the sum as it is rounded to the stream's dtype. Gradients of all vectors are summed in float32.
     """
-    return torch.ops.varcli.gated_norm(stream_BLC, branch_BLC, gate_B1C, scale_B1C, shift_B1C, eps)[:2]
+    return torch.ops.varcli.gated_norm(stream_BLC, branch_BLC, bias_C, gate_B1C, scale_B1C, shift_B1C, eps)[:2]
 
 
 # -- the operators: Triton on CUDA, these formulas on a CPU -------------------------------------------------------------
@@ -55,7 +72,7 @@ def gated_norm(
 def _norm(stream: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     from varcli.kernels.norm_triton import launch_forward
 
-    return launch_forward(stream, None, None, scale, shift, eps)[1:]
+    return launch_forward(stream, None, None, None, scale, shift, eps)[1:]
 
 
 @_norm.register_kernel("cpu")
@@ -78,7 +95,7 @@ def _norm_backward(
 ) -> tuple[Tensor, Tensor]:
     from varcli.kernels.norm_triton import launch_backward
 
-    grad_stream, _, sums = launch_backward(grad_normed, None, stream, None, None, scale, mean, inverse)
+    grad_stream, _, sums = launch_backward(grad_normed, None, stream, None, None, None, scale, mean, inverse)
     return grad_stream, sums
 
 
@@ -99,25 +116,24 @@ def _norm_backward_shapes(
 
 @torch.library.custom_op("varcli::gated_norm", mutates_args=(), device_types="cuda")
 def _gated_norm(
-    stream: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
+    stream: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from varcli.kernels.norm_triton import launch_forward
 
-    return launch_forward(stream, branch, gate, scale, shift, eps)
+    return launch_forward(stream, branch, bias, gate, scale, shift, eps)
 
 
 @_gated_norm.register_kernel("cpu")
 def _gated_norm_cpu(
-    stream: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
+    stream: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = _wide(stream)
-    out = torch.addcmul(stream.to(wide), branch.to(wide), gate.to(wide)).to(stream.dtype)
+    out = _add(stream, branch, bias, gate)
     return out, *_norm_cpu(out, scale, shift, eps)
 
 
 @_gated_norm.register_fake
 def _gated_norm_shapes(
-    stream: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
+    stream: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _dense_like(stream), _dense_like(stream), *_statistics_like(stream)
 
@@ -128,6 +144,7 @@ def _gated_norm_backward(
     grad_out: Tensor,
     out: Tensor,
     branch: Tensor,
+    bias: Tensor | None,
     gate: Tensor,
     scale: Tensor,
     mean: Tensor,
@@ -135,7 +152,7 @@ def _gated_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from varcli.kernels.norm_triton import launch_backward
 
-    return launch_backward(grad_normed, grad_out, out, branch, gate, scale, mean, inverse)
+    return launch_backward(grad_normed, grad_out, out, branch, bias, gate, scale, mean, inverse)
 
 
 @_gated_norm_backward.register_kernel("cpu")
@@ -144,6 +161,7 @@ def _gated_norm_backward_cpu(
     grad_out: Tensor,
     out: Tensor,
     branch: Tensor,
+    bias: Tensor | None,
     gate: Tensor,
     scale: Tensor,
     mean: Tensor,
@@ -152,8 +170,12 @@ def _gated_norm_backward_cpu(
     wide = _wide(out)
     grad, sums = _norm_gradient(grad_normed, out, scale, mean, inverse)
     grad = grad + grad_out.to(wide)
-    sum_gate = (grad * branch.to(wide)).sum(dim=1)
-    return grad.to(out.dtype), (grad * gate.to(wide)).to(branch.dtype), torch.stack([*sums, sum_gate], dim=1)
+    grad_branch = grad * gate.to(wide)
+    if bias is None:
+        sums = *sums, (grad * branch.to(wide)).sum(dim=1)
+    else:
+        sums = *sums, (grad * (branch.to(wide) + bias.to(wide))).sum(dim=1), grad_branch.sum(dim=1)
+    return grad.to(out.dtype), grad_branch.to(branch.dtype), torch.stack(sums, dim=1)
 
 
 @_gated_norm_backward.register_fake
@@ -162,12 +184,13 @@ def _gated_norm_backward_shapes(
     grad_out: Tensor,
     out: Tensor,
     branch: Tensor,
+    bias: Tensor | None,
     gate: Tensor,
     scale: Tensor,
     mean: Tensor,
     inverse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _dense_like(out), _dense_like(branch), _sums_like(out, 3)
+    return _dense_like(out), _dense_like(branch), _sums_like(out, 3 if bias is None else 4)
 
 
 def _norm_gradient(
@@ -217,16 +240,18 @@ def _differentiate_norm(ctx, grad_normed, *_):
 
 
 def _keep_gated_norm(ctx, inputs, output) -> None:
-    _, branch, gate, scale, shift, _ = inputs
+    _, branch, bias, gate, scale, shift, _ = inputs
     out, _, mean, inverse = output
-    ctx.save_for_backward(out, branch, gate, scale, mean, inverse)
+    ctx.save_for_backward(out, branch, bias, gate, scale, mean, inverse)
     ctx.dtypes = scale.dtype, shift.dtype, gate.dtype
 
 
 def _differentiate_gated_norm(ctx, grad_out, grad_normed, *_):
     grad_stream, grad_branch, sums = torch.ops.varcli.gated_norm_backward(grad_normed, grad_out, *ctx.saved_tensors)
-    grad_scale, grad_shift, grad_gate = (part.to(dtype) for part, dtype in zip(sums.split(1, dim=1), ctx.dtypes))
-    return grad_stream, grad_branch, grad_gate, grad_scale, grad_shift, None
+    grad_scale, grad_shift, grad_gate = (part.to(dtype) for part, dtype in zip(sums[:, :3].split(1, 1), ctx.dtypes))
+    bias = ctx.saved_tensors[2]
+    grad_bias = None if bias is None else sums[:, 3].sum(dim=0).to(bias.dtype)
+    return grad_stream, grad_branch, grad_bias, grad_gate, grad_scale, grad_shift, None
 
 
 _norm.register_autograd(_differentiate_norm, setup_context=_keep_norm)

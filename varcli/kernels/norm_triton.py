@@ -18,9 +18,9 @@ _CHANNELS_A_WARP = 256  # 8 a thread
 
 @triton.jit
 def _varcli_norm_forward(
-    stream_ptr, branch_ptr, gate_ptr, scale_ptr, shift_ptr, out_ptr, normed_ptr, mean_ptr, inverse_ptr,
+    stream_ptr, branch_ptr, bias_ptr, gate_ptr, scale_ptr, shift_ptr, out_ptr, normed_ptr, mean_ptr, inverse_ptr,
     gate_stride, scale_stride, shift_stride, length, eps,
-    HAS_BRANCH: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * ROWS
@@ -30,11 +30,15 @@ def _varcli_norm_forward(
     shift = tl.load(shift_ptr + sample * shift_stride + columns, mask=inside, other=0).to(tl.float32)
     if HAS_BRANCH:
         gate = tl.load(gate_ptr + sample * gate_stride + columns, mask=inside, other=0).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0).to(tl.float32)
     for row in range(first, min(first + ROWS, length)):
         token = sample * length + row
         x = tl.load(stream_ptr + token * WIDTH + columns, mask=inside, other=0)
         if HAS_BRANCH:
             branch = tl.load(branch_ptr + token * WIDTH + columns, mask=inside, other=0).to(tl.float32)
+            if HAS_BIAS:
+                branch += bias
             # rounded as it is stored, so that the backward pass sees what was normalised
             x = (x.to(tl.float32) + gate * branch).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + token * WIDTH + columns, x, mask=inside)
@@ -50,10 +54,10 @@ def _varcli_norm_forward(
 
 @triton.jit
 def _varcli_norm_backward(
-    grad_normed_ptr, grad_out_ptr, out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, inverse_ptr,
+    grad_normed_ptr, grad_out_ptr, out_ptr, branch_ptr, bias_ptr, gate_ptr, scale_ptr, mean_ptr, inverse_ptr,
     grad_stream_ptr, grad_branch_ptr, sums_ptr,
     gate_stride, scale_stride, length,
-    HAS_BRANCH: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * ROWS
@@ -65,6 +69,9 @@ def _varcli_norm_backward(
     if HAS_BRANCH:
         gate = tl.load(gate_ptr + sample * gate_stride + columns, mask=inside, other=0).to(tl.float32)
         sum_gate = tl.zeros((BLOCK,), tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0).to(tl.float32)
+        sum_bias = tl.zeros((BLOCK,), tl.float32)
     for row in range(first, min(first + ROWS, length)):
         token = sample * length + row
         at = token * WIDTH + columns
@@ -73,6 +80,8 @@ def _varcli_norm_backward(
         if HAS_BRANCH:
             grad_out = tl.load(grad_out_ptr + at, mask=inside, other=0).to(tl.float32)
             branch = tl.load(branch_ptr + at, mask=inside, other=0).to(tl.float32)
+            if HAS_BIAS:
+                branch += bias
         mean = tl.load(mean_ptr + token)
         inverse = tl.load(inverse_ptr + token)
         unit = tl.where(inside, (x - mean) * inverse, 0.0)
@@ -85,19 +94,25 @@ def _varcli_norm_backward(
         if HAS_BRANCH:
             grad += grad_out
             sum_gate += grad * branch
-            tl.store(grad_branch_ptr + at, (grad * gate).to(grad_branch_ptr.dtype.element_ty), mask=inside)
+            grad_branch = grad * gate
+            if HAS_BIAS:
+                sum_bias += grad_branch
+            tl.store(grad_branch_ptr + at, grad_branch.to(grad_branch_ptr.dtype.element_ty), mask=inside)
         tl.store(grad_stream_ptr + at, grad.to(grad_stream_ptr.dtype.element_ty), mask=inside)
-    kinds: tl.constexpr = 3 if HAS_BRANCH else 2
+    kinds: tl.constexpr = 4 if HAS_BIAS else 3 if HAS_BRANCH else 2
     sums_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * kinds * WIDTH
     tl.store(sums_ptr + columns, sum_scale, mask=inside)
     tl.store(sums_ptr + WIDTH + columns, sum_shift, mask=inside)
     if HAS_BRANCH:
         tl.store(sums_ptr + 2 * WIDTH + columns, sum_gate, mask=inside)
+    if HAS_BIAS:
+        tl.store(sums_ptr + 3 * WIDTH + columns, sum_bias, mask=inside)
 
 
 def launch_forward(
     stream_BLC: Tensor,
     branch_BLC: Tensor | None,
+    bias_C: Tensor | None,
     gate_B1C: Tensor | None,
     scale_B1C: Tensor,
     shift_B1C: Tensor,
@@ -105,7 +120,7 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the stream with the gated branch added, its modulated norm, and mean and inverse deviation (B, L), float32.
 
-    Without a branch the first is the stream itself.
+    Without a branch the first is the stream itself. bias_C: of the branch, where it is not in it yet.
     """
     stream_BLC = stream_BLC.contiguous()
     batch, length, width = stream_BLC.shape
@@ -119,6 +134,7 @@ def launch_forward(
     _varcli_norm_forward[(triton.cdiv(length, _FORWARD_ROWS), batch)](
         stream_BLC,
         branch_BLC,
+        bias_C,
         gate_B1C,
         scale_B1C,
         shift_B1C,
@@ -132,6 +148,7 @@ def launch_forward(
         length,
         eps,
         HAS_BRANCH=branch_BLC is not None,
+        HAS_BIAS=bias_C is not None,
         WIDTH=width,
         BLOCK=block,
         ROWS=_FORWARD_ROWS,
@@ -145,12 +162,13 @@ def launch_backward(
     grad_out_BLC: Tensor | None,
     out_BLC: Tensor,
     branch_BLC: Tensor | None,
+    bias_C: Tensor | None,
     gate_B1C: Tensor | None,
     scale_B1C: Tensor,
     mean_BL: Tensor,
     inverse_BL: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return gradients to stream and branch, and the sums over tokens (B, 2 or 3, C), float32: for scale, shift, gate."""
+    """Return gradients to stream and branch, and the sums over tokens (B, 2 to 4, C), float32: scale, shift, gate, bias."""
     grad_normed_BLC, out_BLC, scale_B1C = grad_normed_BLC.contiguous(), out_BLC.contiguous(), _dense_rows(scale_B1C)
     batch, length, width = out_BLC.shape
     grad_stream, grad_branch = torch.empty_like(out_BLC), None
@@ -158,7 +176,7 @@ def launch_backward(
         grad_out_BLC, branch_BLC, gate_B1C = grad_out_BLC.contiguous(), branch_BLC.contiguous(), _dense_rows(gate_B1C)
         grad_branch = torch.empty_like(branch_BLC)
     chunks = triton.cdiv(length, _BACKWARD_ROWS)
-    kinds = 2 if branch_BLC is None else 3
+    kinds = 2 + (branch_BLC is not None) + (bias_C is not None)
     sums = torch.empty(batch, chunks, kinds, width, dtype=torch.float32, device=out_BLC.device)
     block = triton.next_power_of_2(width)
     _varcli_norm_backward[(chunks, batch)](
@@ -166,6 +184,7 @@ def launch_backward(
         grad_out_BLC,
         out_BLC,
         branch_BLC,
+        bias_C,
         gate_B1C,
         scale_B1C,
         mean_BL.contiguous(),
@@ -177,6 +196,7 @@ def launch_backward(
         scale_B1C.stride(0),
         length,
         HAS_BRANCH=branch_BLC is not None,
+        HAS_BIAS=bias_C is not None,
         WIDTH=width,
         BLOCK=block,
         ROWS=_BACKWARD_ROWS,

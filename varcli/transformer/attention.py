@@ -36,6 +36,11 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return layer(x.to(layer.weight.dtype))
 
 
+def product(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Apply a linear layer as `linear` does, without its bias."""
+    return F.linear(x.to(layer.weight.dtype), layer.weight)
+
+
 def unit_length(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
     """Scale the last dimension to `length`, in float32; a vector shorter than 1e-12 ends up shorter than that."""
     x = x.float()
@@ -99,9 +104,10 @@ class SelfAttention(nn.Module):
         """`project`, then `attend_by_step`, for all L tokens, with what stands between the products in `varcli.kernels`."""
         if self.log_scale is None:
             return attend_by_step(*self.project(x_BLC), step_lengths, self.softmax_scale)
-        qkv_BLC = F.linear(x_BLC.to(self.qkv.weight.dtype), self.qkv.weight)
-        biases = (self.q_bias, self.v_bias, self.log_scale)
-        return _attend(normalized_steps(qkv_BLC, *biases, _MAX_LOG_SCALE, step_lengths), self.softmax_scale)
+        learned = (self.q_bias, self.v_bias, self.log_scale)
+        return _attend(
+            normalized_steps(product(self.qkv, x_BLC), *learned, _MAX_LOG_SCALE, step_lengths), self.softmax_scale
+        )
 
     def join(self, y_BlC: Tensor) -> Tensor:
         """Mix what the heads saw."""

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varcli.kernels.gelu import biased_gelu
 from varcli.kernels.norm import gated_norm, norm
-from varcli.transformer.attention import SelfAttention, attend_by_step, linear
+from varcli.transformer.attention import SelfAttention, attend_by_step, linear, product
 from varcli.transformer.base import TransformerConfig
 
 
@@ -31,6 +32,7 @@ class Stream(NamedTuple):
 
     x_BLC: Tensor
     branch_BLC: Tensor | None = None  # None: nothing is left to add
+    bias_C: Tensor | None = None  # of the branch, where it is not in it yet
     gate_B1C: Tensor | None = None
 
     def enter(self, scale_B1C: Tensor, shift_B1C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -122,9 +124,19 @@ class Block(nn.Module):
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
         gamma1, gamma2 = _gates(gamma1, gamma2, branches_2B)
         x_BLC, normed_BLC = stream.enter(scale1, shift1, self.norm_eps)
-        y_BLC = self.attention.join(self.attention.attend_steps(normed_BLC, step_lengths))
-        x_BLC, normed_BLC = Stream(x_BLC, y_BLC, gamma1).enter(scale2, shift2, self.norm_eps)
-        return Stream(x_BLC, self.feed_forward(normed_BLC), gamma2)
+        seen_BLC = self.attention.attend_steps(normed_BLC, step_lengths)
+        branch = _last_product(self.attention.proj, self.attention.dropout, seen_BLC)
+        x_BLC, normed_BLC = Stream(x_BLC, *branch, gamma1).enter(scale2, shift2, self.norm_eps)
+        layers = self.feed_forward
+        y_BLH = biased_gelu(product(layers.fc1, normed_BLC), layers.fc1.bias)
+        return Stream(x_BLC, *_last_product(layers.fc2, layers.dropout, y_BLH), gamma2)
+
+
+def _last_product(layer: nn.Linear, dropout: nn.Dropout, x_BLC: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return a branch and its bias, which is left to whom adds the branch unless dropout comes in between."""
+    if dropout.training and dropout.p > 0:
+        return dropout(linear(layer, x_BLC)), None
+    return product(layer, x_BLC), layer.bias
 
 
 def _gates(gamma1_B1C: Tensor, gamma2_B1C: Tensor, branches_2B: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,63 @@
+"""GELU (tanh form) of a product and its bias: what was before the bias is kept, the rest recomputed in the backward pass.
+
+torch.compile fuses the forward pass, and would recompute as well; but the gradient of the bias costs it another pass over
+the largest activation of a block. On CUDA Triton computes the backward pass, on a CPU the formula below.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ROOT = math.sqrt(2 / math.pi)
+_CUBE = 0.044715
+
+
+def biased_gelu(before: Tensor, bias_H: Tensor) -> Tensor:
+    """Return gelu(before + bias), (..., H): float32 inside, the dtype of `before` out; the bias's gradient is float32."""
+    return _BiasedGelu.apply(before, bias_H)
+
+
+class _BiasedGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, before, bias):
+        ctx.save_for_backward(before, bias)
+        wide = _wide(before)
+        return F.gelu(before.to(wide) + bias.to(wide), approximate="tanh").to(before.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        before, bias = ctx.saved_tensors
+        grad_before, grad_bias = torch.ops.varcli.biased_gelu_backward(grad, before, bias)
+        return grad_before, grad_bias.to(bias.dtype)
+
+
+@torch.library.custom_op("varcli::biased_gelu_backward", mutates_args=(), device_types="cuda")
+def _biased_gelu_backward(grad: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    from varcli.kernels.gelu_triton import launch_backward
+
+    return launch_backward(grad, before, bias)
+
+
+@_biased_gelu_backward.register_kernel("cpu")
+def _biased_gelu_backward_cpu(grad: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    wide = _wide(before)
+    x = before.to(wide) + bias.to(wide)
+    share = torch.sigmoid(2 * _ROOT * (x + _CUBE * x**3))  # 0.5 * (1 + tanh(u)) is sigmoid(2 * u)
+    slope = 2 * _ROOT * (1 + 3 * _CUBE * x.square())
+    grad_x = grad.to(wide) * (share + x * share * (1 - share) * slope)
+    return grad_x.to(before.dtype, memory_format=torch.contiguous_format), grad_x.flatten(0, -2).sum(dim=0)
+
+
+@_biased_gelu_backward.register_fake
+def _biased_gelu_backward_shapes(grad: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    grad_before = torch.empty_like(before, memory_format=torch.contiguous_format)
+    return grad_before, before.new_empty(before.shape[-1], dtype=_wide(before))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """The dtype to compute in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
