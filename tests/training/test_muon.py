@@ -113,3 +113,23 @@ def test_muon_needs_a_matrix_and_its_name(tiny_transformer):
     with pytest.raises(ConfigError, match="unknown optimizer `moun`") as caught:
         TrainConfig(optimizer="moun")
     assert "muon" in caught.value.hint
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_no_step_waits_for_the_gpu_and_a_bad_one_changes_nothing(tiny_transformer, name):
+    model = tiny_transformer.cuda()
+    updater = make_updater(model, name)
+    labels, x = torch.arange(3, device="cuda"), torch.randn(3, 20, 8, device="cuda")
+    for step, factor in enumerate((1.0, float("nan"), 1.0)):
+        before = contents(model, updater)
+        updater.begin(step)
+        loss = model(labels, x).square().mean() * factor
+        updater.backward(loss)
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first one makes the state
+        try:
+            updater.finish(loss.detach())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        after = contents(model, updater)
+        assert all(torch.equal(tensor, after[key]) for key, tensor in before.items()) == (step == 1)

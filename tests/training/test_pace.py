@@ -31,6 +31,8 @@ def test_it_is_told_once_and_without_pauses(monkeypatch):
 def test_the_cost_is_hours_times_gpus():
     text = Pace(768, 8, CUDA).describe(0.5, 36_000)
     assert text == "measured: 1,536 images/s, 5h00m left, 40 GPU-hours"
+    text = Pace(768, 1, CUDA, 1.0, 60 * 2**30).describe(0.5, 3600, 58 * 2**30)
+    assert text.endswith("0.5 GPU-hours (the plan said 1h00m), peak 58.0 GiB (60.0)")
 
 
 @pytest.mark.parametrize(("steps", "count"), [(20, 0), (24, 1)])

@@ -162,7 +162,8 @@ class _Loop:
             again = [kind for name, kind in _LOOKS.items() if name in self.pending and kind]
             self.log = RunLog(run.path, self.result.step, config.tensorboard, self._report, again)
         self.meter = Meter()
-        self.pace = Pace(trainer.batch_size, self.world.size, trainer.parts.device, trainer.planned_seconds)
+        planned = (trainer.planned_seconds, trainer.planned_bytes)
+        self.pace = Pace(trainer.batch_size, self.world.size, trainer.parts.device, *planned)
         self.last_save = self.last_report = self.window_start = time.monotonic()
 
     def close(self) -> None:

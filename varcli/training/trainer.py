@@ -26,6 +26,7 @@ class Trainer:
     published: str
     shown: tuple[str, ...] = ("loss", "accuracy")
     planned_seconds: float | None = None  # a step takes, as far as was known before the first
+    planned_bytes: int | None = None  # of memory at its peak, likewise
     memory_hint: str = "use a smaller --batch-size"
     numeric_hint: str = SkipPolicy.hint  # what to change when the loss is no longer a number
 

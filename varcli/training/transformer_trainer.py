@@ -300,6 +300,7 @@ class TransformerTrainer(Trainer):
         memory_bytes += 8 * self.model.num_parameters  # the moments come with the first step
         memory_bytes += (self.micro_batch_size - images) * self._image_bytes()
         memory_bytes = max(memory_bytes, update_bytes(self.model.num_parameters, len(self.averages.members)))
+        self.planned_bytes = memory_bytes
         steps_left = self.config.steps - start_step
         self.planned_seconds = seconds * self.batch_size / images
         return TrainPlan(
