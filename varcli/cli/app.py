@@ -38,7 +38,7 @@ from varcli import __version__
 from varcli.cli import console
 from varcli.errors import VarcliError
 
-INTERNAL_ERROR, OUT_OF_MEMORY, INTERRUPTED = 70, 8, 130
+INTERNAL_ERROR, OUT_OF_MEMORY = 70, 8
 
 
 class Command(NamedTuple):
@@ -113,8 +113,7 @@ def report_error(error: BaseException) -> int:
         console.error(str(error), error.hint)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        console.error("interrupted", "run the same command again to go on from what was finished")
-        return INTERRUPTED
+        return console.interrupted()
     if _is_out_of_memory(error):
         console.error(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}",
@@ -197,7 +196,7 @@ for _name, _entry in COMMANDS.items():
 
 
 def main() -> None:
-    """Run the program on the process's arguments; the entry point of the `varcli` script."""
+    """Run the program on the process's arguments; `varcli.__main__` calls it."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to stop

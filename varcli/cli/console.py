@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from varcli.progress import OnStep, Step, format_seconds
 
+INTERRUPTED = 130  # exit code, as shells give it
 _LINE_EVERY = 5.0  # seconds between progress lines where there is no terminal
 _HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -77,6 +78,12 @@ def error(message: str, hint: str | None = None) -> None:
     if hint:
         text += f"\n\nhint: {printable(hint)}"
     print(text, file=sys.stderr, flush=True)
+
+
+def interrupted() -> int:
+    """Tell that Ctrl-C ended the command, and return the exit code that belongs to it."""
+    error("interrupted", "run the same command again to go on from what was finished")
+    return INTERRUPTED
 
 
 def progress(description: str) -> OnStep:

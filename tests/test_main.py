@@ -1,0 +1,47 @@
+"""Ctrl-C while the program is still being imported ends it as it does later: one error, code 130."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# what stands in for typer, whose import is the first long one
+IN_IMPORT = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+IN_CALLBACK = """
+import os, signal, time, weakref
+class Lock: pass
+lock = Lock()
+watch = weakref.ref(lock, lambda _: os.kill(os.getpid(), signal.SIGINT))
+del lock  # Python drops what is raised in there, as in the callback that ends an import
+time.sleep(20)
+"""
+
+
+def _run(stand_in: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    (folder / "typer.py").write_text(stand_in, encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, "-m", "varcli", "--version"],
+        env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process cannot send itself SIGINT")
+@pytest.mark.parametrize("stand_in", [IN_IMPORT, IN_CALLBACK], ids=["in an import", "where Python drops it"])
+def test_interrupt_during_the_imports_is_one_error(stand_in: str, tmp_path: Path):
+    done = _run(stand_in, tmp_path)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.startswith("error: interrupted\n"), done.stderr
+
+
+def test_script_starts_where_interrupts_are_cared_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["scripts"] == {"varcli": "varcli.__main__:main"}
