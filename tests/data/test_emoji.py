@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import importlib.util
+import shutil
 import sys
 import zipfile
 from collections import defaultdict
@@ -175,3 +177,21 @@ def test_a_damaged_zip_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(ArtifactError, match="damaged"):
         unpack_emoji64(tmp_path / "data" / "out")
     assert not (tmp_path / "data" / "out").exists()
+
+
+@pytest.mark.parametrize("at", ["once", "in the middle"])
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, at):
+    if at == "once":
+        free = shutil.disk_usage(tmp_path)._replace(free=3_000_000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    else:
+
+        def fill(archive, tree):
+            tree.mkdir()
+            (tree / "index.csv").write_bytes(b"")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(zipfile.ZipFile, "extractall", fill)
+    with pytest.raises(ArtifactError, match="3 MB free" if at == "once" else "No space left"):
+        unpack_emoji64(tmp_path / "emoji64")
+    assert not list(tmp_path.iterdir())

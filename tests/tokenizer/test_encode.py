@@ -13,7 +13,7 @@ from varcli.data import codes_shards
 from varcli.data.codes import CodesCache
 from varcli.data.images import decode_images, open_images
 from varcli.data.views import DecodeConfig
-from varcli.errors import ArtifactError, ConfigError
+from varcli.errors import ArtifactError, ConfigError, SkipLimitError
 from varcli.progress import Step
 from varcli.tokenizer import encode
 from varcli.tokenizer.encode import tokenize
@@ -113,6 +113,20 @@ def test_only_images_that_gave_rows_are_counted_and_empty_classes_are_told(folde
     assert any("`empty` has no image" in message for message in messages)
     with pytest.raises(ConfigError, match="at least 1"):
         tokenize(tiny_images, tmp_path / "other", folder, batch_size=-3)
+
+
+def test_links_that_are_too_many_are_refused_before_an_image_is_read(folder, tiny_images, tmp_path, monkeypatch):
+    out = tmp_path / "codes"
+    (tiny_images / "train" / "cat" / "gone.png").symlink_to(tmp_path / "nowhere")
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "load_tokenizer", None)
+        with pytest.raises(SkipLimitError, match=r"gone\.png`: link to nothing"):
+            tokenize(tiny_images, out, folder, max_skip=0, workers=0, device="cpu")
+    assert not out.exists()
+    tokenize(tiny_images, out, folder, workers=0, device="cpu")
+    assert (
+        tokenize(tiny_images, out, folder, max_skip=0, workers=0, device="cpu").num_skipped == 1
+    )  # whole all the same
 
 
 def test_a_folder_named_by_mistake_stays_as_it_is(folder, tiny_images):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from dataclasses import replace
 
@@ -18,25 +19,26 @@ from varcli.artifacts.verify import (
     require_finite,
     verify_folder,
 )
-from varcli.errors import ConfigError, DataError, NumericError
+from varcli.errors import ArtifactError, ConfigError, DataError, NumericError
 from varcli.pretrained.lpips import Lpips
 from varcli.progress import Step
 from varcli.tokenizer import TokenizerConfig
 from varcli.tokenizer.losses import PERCEPTUAL
 from varcli.tokenizer.store import load_tokenizer
-from varcli.training import tokenizer_objective
+from varcli.training import tokenizer, tokenizer_objective
 from varcli.training.checkpoint import list_checkpoints
 from varcli.training.tokenizer import _choose_architecture, train_tokenizer
 from varcli.training.tokenizer_objective import adversarial_share, augment, draw_kept_scales
 from varcli.training.tokenizer_settings import TokenizerTrainConfig
+from varcli.training.tokenizer_trainer import TokenizerTrainer
 
 CPU = torch.device("cpu")
 
 
 def config(**changes) -> TokenizerTrainConfig:
-    tokenizer = replace(SMALL, width=16, norm_groups=4)
+    small = replace(SMALL, width=16, norm_groups=4)
     values = {
-        "tokenizer": tokenizer,
+        "tokenizer": small,
         "steps": 8,
         "batch_size": 4,
         "warmup_steps": 2,
@@ -100,6 +102,35 @@ def test_a_bare_rerun_goes_on_with_the_settings_the_run_was_begun_with(tiny_imag
     assert again.step == begun.step == 8
     with pytest.raises(ConfigError, match="learning_rate was"):
         train_tokenizer(tiny_images, tmp_path / "run", TokenizerTrainConfig(learning_rate=1e-3), device="cpu")
+
+
+@pytest.mark.parametrize("wrong", [{"log_every": 0}, {"save_every": -1}])
+def test_a_wrong_setting_of_the_loop_is_named_and_leaves_no_folder(wrong, tiny_images, tmp_path):
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=f"{name} must be") as caught:
+        train_tokenizer(tiny_images, tmp_path / "run", config(**wrong), device="cpu")
+    assert "keep_checkpoints" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_said_before_training(tiny_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(TokenizerTrainer, "train_step", None)
+    free = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(ArtifactError, match="MB are needed"):
+        train_tokenizer(tiny_images, tmp_path / "run", config(), device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_size_of_a_checkpoint_is_known_before_the_first(tiny_images, tmp_path, monkeypatch):
+    asked, plain = [], tokenizer.prepare_folder
+    monkeypatch.setattr(
+        tokenizer, "prepare_folder", lambda folder, need_bytes: asked.append(need_bytes) or plain(folder, need_bytes)
+    )
+    train_tokenizer(tiny_images, tmp_path / "run", config(validate_every=0), device="cpu")
+    newest = list_checkpoints(tmp_path / "run")[0]
+    size = sum(path.stat().st_size for path in newest.glob("*.safetensors") if path.stem != "random")
+    assert asked == [pytest.approx(3 * size, rel=0.03)]  # two stay while the third is written; files have headers
 
 
 def test_the_architecture_follows_from_the_images_size(tiny_images, tmp_path):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from varcli.artifacts.lock import lock_folder
+from varcli.artifacts.lock import hold_folder
 from varcli.artifacts.write import prepare_folder, write_bytes
 from varcli.data.paths import escape_path
 from varcli.errors import ArtifactError
@@ -63,11 +63,10 @@ def _is_in_use(out: Path) -> bool:
 def _unpack(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], out: Path) -> int:
     """Unpack beside `out`, then move the whole into place."""
     out = out.absolute()
-    workplace = prepare_folder(
-        out.parent / f".{out.name}-unpacking", need_bytes=sum(info.file_size for info in members.values())
-    )
-    with lock_folder(workplace):
-        tree = workplace / "tree"
+    workplace = out.parent / f".{out.name}-unpacking"
+    tree = workplace / "tree"
+    with hold_folder(workplace, {tree.name}, "unpacking"):
+        prepare_folder(out.parent, sweep=False, need_bytes=sum(info.file_size for info in members.values()))
         shutil.rmtree(tree, ignore_errors=True)  # what a killed run left
         try:
             archive.extractall(tree)

@@ -20,7 +20,8 @@ def allowed_skips(num_images: int, max_skip: int | None = None) -> int:
 class Skips:
     """The unusable images of a tree, those that its listing left out among them.
 
-    max_skip: as in `allowed_skips`. tell: takes lines for people; called by `tell` alone, in the caller's thread.
+    max_skip: as in `allowed_skips`. tell: takes lines for people; called by `tell` alone, in the caller's thread. Raises
+    SkipLimitError if the listing left out more than allowed.
     """
 
     def __init__(self, tree: ImageTree, max_skip: int | None = None, tell: Callable[[str], None] | None = None) -> None:
@@ -28,6 +29,7 @@ class Skips:
         self.allowed = allowed_skips(tree.num_images, max_skip)
         self._tell = tell
         self._told = len(self.found)  # the listing's are known to whoever opened it
+        self.add(())  # they may be too many already
 
     def add(self, skipped: Iterable[tuple[str, str]]) -> None:
         """Note (path, reason) of further images. Raises SkipLimitError if they are more than allowed by now."""
@@ -37,7 +39,7 @@ class Skips:
             raise SkipLimitError(
                 f"{len(self.found):,} images cannot be used, but at most {self.allowed:,} may be skipped, e.g. "
                 f"`{escape_path(path)}`: {reason}",
-                "mend or remove them, or run again with a larger --max-skip: a run goes on from its last checkpoint",
+                "mend or remove them, or run again with a larger --max-skip: what was finished is kept",
             )
 
     def tell(self, what_of_them: str) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from varcli.artifacts.verify import is_artifact
 from varcli.data.codes_shards import PLAIN_PRECISION, CodesPlan
 from varcli.data.codes_writer import begun_with
 from varcli.data.defaults import default_decode
 from varcli.data.images import decode_images, describe_enlarging, open_images, typical_side
 from varcli.data.paths import escape_path
+from varcli.data.skips import Skips
 from varcli.devices import PRECISIONS, resolve_device
 from varcli.distributed import ALONE, World
 from varcli.errors import ConfigError, unknown_name
@@ -74,8 +76,8 @@ def tokenize(
     these; None does so on CUDA for many images. world: processes that share the shards and all call this, each with a
     device of its own; the cache is that of one process. Batches never cross a shard, so that a rerun, which goes on at the
     first missing shard, meets the same ones. Returns what was written, None on processes but the first.
-    Raises DataError for images that cannot be used, ConfigError if `out` was begun with other settings, ArtifactError if
-    it cannot be written.
+    Raises DataError for images that cannot be used, SkipLimitError if too many cannot, ConfigError if `out` was begun with
+    other settings, ArtifactError if it cannot be written.
     """
     if (batch_size is not None and batch_size < 1) or views < 1:
         raise ConfigError("batch_size and views must be at least 1")
@@ -85,6 +87,8 @@ def tokenize(
         raise ConfigError("codes in fp32 are computed as they are, without torch.compile", "add --precision fp16")
     where = resolve_device(device)
     tree = open_images(images, follow_links)
+    if not is_artifact(Path(out)):  # a finished cache stays one
+        Skips(tree, max_skip)  # raises, before images are read, if too many links and the like are out already
     side = typical_side(tree.root, next(iter(tree.splits.values())))
     folder, reason = _choose_tokenizer(tokenizer, Path(out), side)
     tell = partial(_tell, on_step)

@@ -72,8 +72,9 @@ class LoopConfig:
     """Settings that a resumed run may change."""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.log_every, self.keep_checkpoints) < 1:
-            raise ConfigError("steps, log_every and keep_checkpoints must be at least 1")
+        for name in ("steps", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}")
         for name in ("validate_every", "sample_every", "eval_every", "save_every", "save_minutes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, but is {getattr(self, name)}")

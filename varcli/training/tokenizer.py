@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from varcli import config as configs
+from varcli.artifacts.write import prepare_folder
 from varcli.data.images import describe_enlarging, open_images, typical_side
 from varcli.data.skips import Skips
 from varcli.devices import precision_name, resolve_device, resolve_precision
@@ -124,7 +125,6 @@ def train_tokenizer(
             num_val = len(tree.splits.get("val", ()))
             for line in _describe_plan(trainer, parent, typical, num_val):
                 tell(line)
-            run.settle(KIND, configs.to_dict(config), inputs, _FREE)
             loop = LoopConfig(
                 steps=config.steps,
                 log_every=config.log_every,
@@ -132,6 +132,10 @@ def train_tokenizer(
                 sample_every=config.validate_every,
                 save_every=config.save_every,
             )
+            if world.is_first and run.step < config.steps:
+                num_saves = loop.keep_checkpoints + 1 if run.checkpoint is None else 1
+                prepare_folder(run.path, need_bytes=num_saves * trainer.checkpoint_bytes())
+            run.settle(KIND, configs.to_dict(config), inputs, _FREE)
             info = {"images": len(pixels), "classes": list(tree.classes), **origin}
             result = run_training(trainer, run, loop, on_step, info, on_validation)
     return TokenizerTrainResult(

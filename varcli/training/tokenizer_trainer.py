@@ -113,6 +113,13 @@ class TokenizerTrainer(Trainer):
             generators={"batches": self.generator},
         )
 
+    def checkpoint_bytes(self) -> int:
+        """Size of one checkpoint: weights and two moments of tokenizer and discriminator, and the average."""
+        tensors = [tensor for module in self.parts.modules.values() for tensor in module.state_dict().values()]
+        learned = [weight for module in self.parts.modules.values() for weight in module.parameters()]
+        moments = [weight for weight in learned if weight.requires_grad for _ in range(2)]
+        return sum(tensor.nbytes for tensor in (*tensors, *moments, *self.average.shadow.values()))
+
     def train_step(self, step: int) -> Mapping[str, Tensor | float]:
         """One step of the tokenizer and, once it learns, one of the discriminator; see `Trainer.train_step`."""
         config, world = self.config, self.world
