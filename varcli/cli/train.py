@@ -72,6 +72,14 @@ def train(
         str | None,
         Option("--precision", help="fp32, bf16 or fp16; default: bf16 on CUDA, fp32 elsewhere.", show_default=False),
     ] = None,
+    parallel: Annotated[
+        str | None,
+        Option(
+            "--parallel",
+            help="Of several processes: ddp (copies), fsdp (shards), hsdp (shards within a host); default: by memory.",
+            show_default=False,
+        ),
+    ] = None,
     resume: ResumeOption = "auto",
     json: JsonOption = False,
 ) -> None:
@@ -80,10 +88,14 @@ def train(
     Run again, it goes on from the last checkpoint, with the settings it was
     begun with. The run folder can be sampled from at any time. Ctrl-C saves
     and stops. All settings: TrainConfig in varcli/training/settings.py.
+    With several GPUs: torchrun --nproc-per-node 8 -m varcli train codes; a
+    batch is shared among them.
     """
     from varcli import config as configs
     from varcli.devices import resolve_device
+    from varcli.distributed import join_world
     from varcli.errors import ConfigError
+    from varcli.progress import ignore
     from varcli.training import TrainConfig, train_transformer
 
     if name is not None and out is not None:
@@ -101,31 +113,36 @@ def train(
         "learning_rate": lr,
         "seed": seed,
         "precision": precision,
+        "parallel": parallel,
     }
     values = collect_settings(config, set_, options)
     settings = configs.from_dict(TrainConfig, values)
     default = f"d{settings.depth}" if init_from is None else f"{_model_name(Path(init_from))}-tuned"
     folder = out or Path("runs") / (name or default)
     view = training_progress("training")
+    with join_world(device) as (world, own_device):
 
-    def announce(plan: TrainPlan) -> None:
-        console.note(describe_plan(plan, folder))
-        expect(view, plan, resolve_device(device))
+        def announce(plan: TrainPlan) -> None:
+            console.note(describe_plan(plan, folder))
+            expect(view, plan, resolve_device(own_device), world.size)
 
-    result = train_transformer(
-        codes,
-        folder,
-        settings,
-        tokenizer=tokenizer,
-        init_from=init_from,
-        device=device,
-        resume=resume,
-        given=values.keys(),
-        on_step=view,
-        on_plan=announce,
-        on_samples=draw_grid,
-        on_evaluate=_evaluate,
-    )
+        result = train_transformer(
+            codes,
+            folder,
+            settings,
+            tokenizer=tokenizer,
+            init_from=init_from,
+            device=own_device,
+            resume=resume,
+            given=values.keys(),
+            on_step=view if world.is_first else ignore,
+            on_plan=announce,
+            on_samples=draw_grid,
+            on_evaluate=_evaluate,
+            world=world,
+        )
+    if not world.is_first:
+        return
     value = {
         "folder": str(result.folder),
         "steps": result.step,
@@ -147,6 +164,8 @@ def describe_plan(plan: TrainPlan, folder: Path) -> str:
     """Write what a run will take as a few lines for people."""
     views = f" x {plan.num_views} views" if plan.num_views > 1 else ""
     pieces = f", {plan.micro_batch_size} at a time" if plan.micro_batch_size < plan.batch_size else ""
+    if plan.processes > 1:
+        pieces += f" in each of {plan.processes:,} processes ({plan.parallel})"
     compiled = ", compiled" if plan.is_compiled else ""
     left = plan.steps - plan.start_step
     lines = [

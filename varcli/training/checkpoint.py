@@ -1,10 +1,12 @@
 """Checkpoints of a run: folders that appear whole, the last few kept, the newest found, a damaged one named.
 
-    checkpoints/step-0000100/   one safetensors file a part, manifest.json last (kind "checkpoint")
+    checkpoints/step-0000100/   one safetensors file a part, manifest.json last (kind "checkpoint"); of a run whose state is
+                                sharded, a part's pieces in files of their own, part-00001-of-00008.safetensors
     latest.json                 {"checkpoint": "step-0000100"}, beside checkpoints/, for people and scripts
 
 A folder is written under a temporary name and renamed, so that one called step-... was whole once; if its bytes differ
-from the manifest now, something damaged it.
+from the manifest now, something damaged it. Each process writes and reads its own piece (`varcli.distributed.checkpoint`),
+and any number of processes, with shards or without, go on from what any other number wrote.
 """
 
 from __future__ import annotations
@@ -13,13 +15,19 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from varcli.artifacts.manifest import Manifest, write_manifest
 from varcli.artifacts.verify import read_checked_tensors, read_manifest, verify_folder
 from varcli.artifacts.write import TEMPORARY_PREFIX, atomic_folder, prepare_folder, write_json, write_tensors
-from varcli.errors import ArtifactError, IntegrityError, unknown_name
+from varcli.distributed import ALONE, World
+from varcli.distributed.checkpoint import Joiner, Piece, cut
+from varcli.distributed.parallelize import is_shard
+from varcli.errors import ArtifactError, IntegrityError, ShapeError, unknown_name
 from varcli.training.state import Parts
 
 KIND = "checkpoint"
@@ -27,6 +35,7 @@ FOLDER_NAME = "checkpoints"
 LATEST_NAME = "latest.json"
 RESUME_MODES = ("auto", "last-good", "never")
 _STEP = re.compile(r"step-(\d{7,})")
+_PART = re.compile(r"(.+?)(-\d{5,}-of-(\d{5,}))?\.safetensors")
 
 
 def checkpoint_name(step: int) -> str:
@@ -34,20 +43,34 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:07d}"
 
 
-def save_checkpoint(run: Path, step: int, parts: Parts, info: Mapping[str, Any], keep: int = 2) -> Manifest:
+def save_checkpoint(
+    run: Path, step: int, parts: Parts, info: Mapping[str, Any], keep: int = 2, world: World = ALONE
+) -> Manifest | None:
     """Write the checkpoint after `step` optimizer steps into a run folder, point latest.json at it, drop old ones.
 
-    info: JSON values for the manifest, beside "step". keep: how many of the newest stay, at least 1. Returns its manifest.
+    info: JSON values for the manifest, beside "step". keep: how many of the newest stay, at least 1. world: its processes
+    all call this; those that hold a shard that no other one writes write it, the first one does the rest. Returns the
+    manifest, None in other processes than the first.
     Raises ArtifactError if the disk is full or not writable; earlier checkpoints are then as they were.
     """
     files = parts.tensors()
+    pieces = {name: cut(tensors, world) for name, tensors in files.items()}
+    is_shared = any(is_shard(tensor) for tensors in files.values() for tensor in tensors.values())
+    if not world.is_first:
+        if is_shared:
+            _write_pieces(Path(world.say("")), pieces)
+            world.wait()
+        return None
     size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     folder = prepare_folder(run / FOLDER_NAME, need_bytes=size) / checkpoint_name(step)
     with atomic_folder(folder) as temporary:
-        for name, tensors in files.items():
-            write_tensors(temporary / f"{name}.safetensors", tensors)
+        if is_shared:
+            world.say(str(temporary))
+        _write_pieces(temporary, pieces)
+        if is_shared:
+            world.wait()
+        names = [_file_name(name, index, own.count) for name, own in pieces.items() for index in range(own.count)]
         # hashing reads everything back, so that old checkpoints go only once this one can be read
-        names = [f"{name}.safetensors" for name in files]
         manifest = write_manifest(temporary, KIND, {**info, "step": step}, files=names)
     write_json(run / LATEST_NAME, {"checkpoint": folder.name})
     for old in list_checkpoints(run)[keep:]:
@@ -68,6 +91,16 @@ def amend_checkpoint(run: Path, step: int, changes: Mapping[str, Any]) -> Manife
     folder = run / FOLDER_NAME / checkpoint_name(step)
     manifest = read_manifest(folder, KIND)
     return write_manifest(folder, KIND, {**manifest.info, **changes}, known=manifest.files)
+
+
+def _write_pieces(folder: Path, pieces: Mapping[str, Piece | None]) -> None:
+    for name, piece in pieces.items():
+        if piece is not None:
+            write_tensors(folder / _file_name(name, piece.index, piece.count), piece.tensors)
+
+
+def _file_name(part: str, index: int, count: int) -> str:
+    return f"{part}.safetensors" if count == 1 else f"{part}-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -111,17 +144,32 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path, Manifest] | 
     return (folder, manifest) if folder else None
 
 
+def newest_checkpoint(run: Path) -> tuple[Path, Manifest] | None:
+    """Return what `find_checkpoint` has found for the first process of a job, to another one: nothing is hashed again."""
+    folder = next(iter(list_checkpoints(run)), None)
+    return None if folder is None else (folder, read_manifest(folder, KIND))
+
+
 def load_checkpoint(folder: Path, manifest: Manifest, parts: Parts) -> None:
     """Put a checkpoint's tensors into a trainer's parts, every byte checked against the manifest first.
 
+    A part in pieces is read piece by piece, by a process with shards only those that hold some of its rows.
     Raises IntegrityError for changed bytes, ArtifactError if it was made by another model.
     """
-    files = {
-        name.removesuffix(".safetensors"): read_checked_tensors(folder, name, manifest)
-        for name in manifest.files
-        if name.endswith(".safetensors")
-    }
-    parts.load(files, folder)
+    counts = {match[1]: int(match[3] or 1) for match in map(_PART.fullmatch, manifest.files) if match}
+    parts.load({part: _read_part(folder, manifest, parts, part, count) for part, count in counts.items()}, folder)
+
+
+def _read_part(folder: Path, manifest: Manifest, parts: Parts, part: str, count: int) -> dict[str, Tensor]:
+    joiner = Joiner(partial(parts.layout, part), count)
+    for index in range(count):
+        if joiner.needs(index):
+            for key, tensor in read_checked_tensors(folder, _file_name(part, index, count), manifest).items():
+                try:
+                    joiner.add(index, key, tensor)
+                except ShapeError as error:
+                    raise ArtifactError(f"`{folder}` was made by another model: {error}") from None
+    return joiner.join()
 
 
 def _check(folder: Path) -> tuple[Manifest | None, str]:

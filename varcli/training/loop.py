@@ -14,7 +14,7 @@ optimizers, averages, generators. What a step draws must come from those generat
 samples it takes from the step's number; then a resumed run is the same run, bit for bit on a CPU.
 
 With several processes (`open_run(out, resume, world)`, a trainer that knows the world) all of them run this loop and the
-trainer's `train_step`; the first one alone logs, validates, draws and saves, while the others wait.
+trainer's `train_step`; the first one alone logs, validates, draws and publishes, while the others wait.
 """
 
 from __future__ import annotations
@@ -214,8 +214,10 @@ class _Loop:
                 self.window_start = time.monotonic()
             elif time.monotonic() - self.last_report > _HEARTBEAT:
                 self._report()
-        if self.world.is_first and not self.run_folder.holds(self.trainer.published, self.trainer.published):
-            self._publish()  # a kill may have come between a checkpoint and this
+        published = self.trainer.published
+        if self.world.largest(self.world.is_first and not self.run_folder.holds(published, published))[0]:
+            with self.trainer.assembled():
+                self._publish()  # a kill may have come between a checkpoint and this
         if not math.isfinite(self.result.validation.get("loss", 0.0)):
             raise NumericError(
                 f"all {config.steps:,} steps are done, but the validation loss is no number: training has diverged",
@@ -250,18 +252,20 @@ class _Loop:
 
         If this step's checkpoint is there already, it learns what was found, and its weights are published.
         """
-        if self.log is not None:
-            if "validate" in names:
-                self._validate(self.log)
-            if "sample" in names:
-                self._draw(self.log)
-            if "eval" in names:
-                self._evaluate(self.log)
-            if names and self.saved_step == self.result.step:
-                changes = {"best": self.result.best, "pending": [], "remembered": self.trainer.remember()}
-                self.parent = amend_checkpoint(self.run_folder.path, self.saved_step, changes).digest
-                self._publish_newest()
-        if names:
+        if not names:
+            return
+        with self.trainer.assembled():
+            if self.log is not None:
+                if "validate" in names:
+                    self._validate(self.log)
+                if "sample" in names:
+                    self._draw(self.log)
+                if "eval" in names:
+                    self._evaluate(self.log)
+                if self.saved_step == self.result.step:
+                    changes = {"best": self.result.best, "pending": [], "remembered": self.trainer.remember()}
+                    self.parent = amend_checkpoint(self.run_folder.path, self.saved_step, changes).digest
+                    self._publish_newest()
             self.world.wait()
 
     def _validate(self, log: RunLog) -> None:
@@ -316,18 +320,10 @@ class _Loop:
             self._report(f"evaluation after step {done:,}: {shown}")
 
     def _save(self, pending: Sequence[str] = (), publish: bool = True) -> None:
-        """Write a checkpoint, which holds what every process has; all wait for it.
+        """Write a checkpoint, together with the other processes.
 
         pending: looks that are due at this step, for whoever goes on from here. publish: write the weights too.
         """
-        if self.world.is_first:
-            self._write_checkpoint(pending)
-            if publish:
-                self._publish_newest()
-        self.world.wait()
-        self.last_save = time.monotonic()
-
-    def _write_checkpoint(self, pending: Sequence[str]) -> None:
         done = self.result.step
         if self.saved_step != done:
             info = {
@@ -342,8 +338,14 @@ class _Loop:
                 "remembered": self.trainer.remember(),
             }
             parts, keep = self.trainer.parts, self.config.keep_checkpoints
-            self.parent = save_checkpoint(self.run_folder.path, done, parts, info, keep).digest
+            manifest = save_checkpoint(self.run_folder.path, done, parts, info, keep, self.world)
+            self.parent = manifest and manifest.digest
             self.saved_step = done
+        if publish:
+            with self.trainer.assembled():
+                self._publish_newest()
+        self.world.wait()
+        self.last_save = time.monotonic()
 
     def _publish_newest(self) -> None:
         """Publish this step's weights, unless the best ones are wanted and known."""
@@ -351,6 +353,8 @@ class _Loop:
             self._publish()
 
     def _publish(self) -> None:
+        if not self.world.is_first:
+            return
         best = self.result.best
         is_best = best is not None and best["step"] == self.result.step
         info = {**self.info, "step": self.result.step, "steps": self.config.steps}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varcli.devices import autocast, float64_or_best
+from varcli.distributed.parallelize import Parallel
 from varcli.order.base import Order
 from varcli.transformer import Transformer
 
@@ -19,13 +20,20 @@ NUMBERS = ("loss", "loss_last", "accuracy", "accuracy_last")
 class Objective:
     """A model and an order: codes and labels to a loss, compiled or not.
 
-    dtype: precision of matrix products.
+    dtype: precision of matrix products. parallel: how the model is called where several processes train it.
     """
 
     def __init__(
-        self, model: Transformer, order: Order, device: torch.device, dtype: torch.dtype, label_smoothing: float = 0.0
+        self,
+        model: Transformer,
+        order: Order,
+        device: torch.device,
+        dtype: torch.dtype,
+        label_smoothing: float = 0.0,
+        parallel: Parallel | None = None,
     ) -> None:
         self.model, self.order, self.device, self.dtype = model, order, device, dtype
+        self.parallel = parallel or Parallel(model)
         self.label_smoothing = label_smoothing
         self._measure: Callable[..., tuple[Tensor, Tensor]] = measure
         self._prepare = order.teacher_forcing_input
@@ -33,12 +41,13 @@ class Objective:
 
     def compile(self, with_graphs: bool = False) -> None:
         """Let torch.compile fuse the model with its loss from the next call on."""
-        self._measure = torch.compile(measure, dynamic=False, mode="reduce-overhead" if with_graphs else None)
+        self._measure = self.parallel.compile(measure, "reduce-overhead" if with_graphs else None)
         self._prepare = torch.compile(self.order.teacher_forcing_input, dynamic=False)
         self._has_graphs = with_graphs
 
     def uncompile(self) -> None:
         """Go back to plain torch."""
+        self.parallel.uncompile()
         self._measure, self._prepare, self._has_graphs = measure, self.order.teacher_forcing_input, False
 
     def loss(self, codes_BL: Tensor, labels_B: Tensor, branches: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -54,7 +63,8 @@ class Objective:
             x_BLZ = self._prepare(codes_BL)
         with autocast(self.device, self.dtype):
             last = self.order.step_lengths[-1]
-            return self._measure(self.model, labels_B, x_BLZ, codes_BL, self.label_smoothing, last, branches)
+            inputs = (labels_B, x_BLZ, codes_BL, self.label_smoothing, last, branches)
+            return self.parallel(self._measure, *inputs)
 
     @torch.no_grad()
     def sums_by_step(self, codes_BL: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:

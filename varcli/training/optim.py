@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from varcli.distributed import ALONE, World
+from varcli.distributed.parallelize import is_shard
 from varcli.training.ema import Averages, Ema
 from varcli.training.parallel import average_gradients
 from varcli.training.schedules import Schedule
@@ -142,6 +143,7 @@ class Updater:
         if self.loss_scale is not None:
             torch._foreach_mul_(gradients, 1 / self.loss_scale.factor)
         norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if is_shard(norm) else norm
         is_good = torch.isfinite(norm) & torch.isfinite(loss)
         self.skipped.copy_(~is_good)
         if self.grad_clip is not None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from varcli.distributed import World
+from varcli.errors import ConfigError
 from varcli.transformer import TransformerConfig
 
 # bytes that autograd keeps per token: of a block and channel beside the feed-forward layer's hidden ones, of a block and
@@ -47,7 +49,9 @@ class TrainPlan:
     start_step: int  # optimizer steps done by an earlier run
     steps: int  # optimizer steps of the whole run
     batch_size: int  # images a step
-    micro_batch_size: int  # images at once
+    micro_batch_size: int  # images at once, in each process
+    processes: int  # that share a batch
+    parallel: str  # how they do: ddp, fsdp or hsdp; of no meaning for one
     learning_rate: float  # peak
     memory_bytes: int  # estimate of the peak on the device
     seconds: (
@@ -90,14 +94,29 @@ def fit_micro_batch(batch_size: int, image_bytes: int, fixed_bytes: int, device:
     return even if 2 * even >= min(most, batch_size) else min(most, batch_size)
 
 
-def memory_hint(micro_batch_size: int, precision: str) -> str:
+def memory_hint(micro_batch_size: int, precision: str, can_shard: bool = False) -> str:
     """What to change when training runs out of memory, the least harmful first."""
     hints = []
     if micro_batch_size > 1:
         hints.append(f"--set micro_batch_size={micro_batch_size // 2} takes the same batch in smaller pieces")
     if precision == "fp32":
         hints.append("--precision bf16 halves what is kept")
+    if can_shard:
+        hints.append("--parallel fsdp spreads the state over the processes")
     return "; ".join(hints) or "one image at a time is too much already: use a smaller --depth, or a larger GPU"
+
+
+def choose_mode(asked: str, optimizer: str, need_bytes: int, device: torch.device, world: World) -> str:
+    """Return how several processes share a model: "ddp" if `need_bytes` fit each one's device, else "fsdp", or as asked.
+
+    Raises ConfigError for shards of matrices that an optimizer needs whole.
+    """
+    if asked == "auto":
+        (is_tight,) = world.largest(need_bytes > _USABLE * free_bytes(device))
+        asked = "fsdp" if is_tight and optimizer == "adamw" else "ddp"
+    if asked != "ddp" and optimizer != "adamw" and world.size > 1:
+        raise ConfigError(f"{optimizer} needs whole matrices, but {asked} cuts them up", "use ddp, or optimizer=adamw")
+    return asked
 
 
 def free_bytes(device: torch.device) -> int:

@@ -16,7 +16,7 @@ from varcli.artifacts.write import atomic_folder, write_bytes, write_json
 from varcli.config import Config
 from varcli.distributed import ALONE, World
 from varcli.errors import ArtifactError, ConfigError, unknown_name
-from varcli.training.checkpoint import RESUME_MODES, find_checkpoint
+from varcli.training.checkpoint import RESUME_MODES, find_checkpoint, newest_checkpoint
 
 CONFIG_NAME = "config.json"
 
@@ -33,7 +33,7 @@ class RunFolder:
         if stored is not None and not (isinstance(stored, dict) and isinstance(stored.get("config"), dict)):
             raise ArtifactError(f"`{path / CONFIG_NAME}` is not a run's config", "choose another --out")
         self.stored: dict[str, Any] | None = stored
-        self.checkpoint: tuple[Path, Manifest] | None = find_checkpoint(path, resume)
+        self.checkpoint = find_checkpoint(path, resume) if world.is_first else newest_checkpoint(path)
         if self.checkpoint is not None and resume == "never":
             raise ConfigError(f"`{path}` holds a run already", "choose another --out, or leave out --resume never")
         self.digest: str | None = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from varcli import config as configs
+from varcli.distributed.parallelize import MODES
 from varcli.errors import ConfigError, unknown_name
 from varcli.training.loop import LoopConfig
 from varcli.training.muon import OPTIMIZERS
@@ -72,6 +73,9 @@ class TrainConfig:
     kernels: str = (
         "auto"  # auto, torch or triton: passes of our own between products; auto is torch, until they are measured
     )
+    parallel: str = (
+        "auto"  # of several processes: ddp, fsdp, hsdp; auto is ddp where the state fits one device, else fsdp
+    )
     cuda_graphs: bool = False  # replay each step's kernels in one launch: faster for small models, takes more memory
     log_every: int | None = None  # steps between log lines
     validate_every: int | None = None  # steps between validations; 0 is never
@@ -116,6 +120,8 @@ class TrainConfig:
             raise unknown_name("optimizer", self.optimizer, OPTIMIZERS)
         if self.schedule is not None:
             find_shape(self.schedule)
+        if self.parallel not in ("auto", *MODES):
+            raise unknown_name("parallel mode", self.parallel, ("auto", *MODES))
 
     def transformer(self, **data: Any) -> TransformerConfig:
         """The architecture for data of these step_lengths, vocab_size, code_channels and num_classes."""
@@ -159,6 +165,7 @@ FREE = LoopConfig.FREE | {
     "micro_batch_size",
     "compile",
     "kernels",
+    "parallel",
     "cuda_graphs",
     "validation_images",
     "eval_samples",

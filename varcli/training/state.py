@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from varcli.artifacts.weights import load_state
 from varcli.distributed import World
+from varcli.distributed.parallelize import is_shard
 from varcli.errors import ArtifactError
 from varcli.training.ema import Ema
 from varcli.training.optim import LossScale
@@ -62,6 +63,18 @@ class Parts:
         }
         return {name: tensors for name, tensors in files.items() if tensors}
 
+    def layout(self, file: str, key: str) -> Tensor | None:
+        """Return the parameter or average here that a stored tensor is laid out like, None if it is like neither."""
+        if file == "ema":
+            name, _, key = key.partition("/")
+            return self.averages[name].tensors().get(key) if name in self.averages else None
+        if file == "optimizer":  # <optimizer>/<module>.<parameter>/<entry>
+            file, _, key = key.partition("/")[2].rpartition("/")[0].partition(".")
+        try:
+            return self.modules[file].get_parameter(key)
+        except (KeyError, AttributeError):
+            return None
+
     def load(self, files: Mapping[str, Mapping[str, Tensor]], where: Path) -> None:
         """Take over what `tensors` returned earlier. `where` is for messages.
 
@@ -83,11 +96,14 @@ class Parts:
         restore_random(states, self.device)
 
     def start_alike(self, world: World) -> None:
-        """Give all processes rank 0's weights and averages: one seed's may differ in the last bit between processors."""
+        """Give all processes rank 0's weights and averages: one seed's may differ in the last bit between processors.
+
+        Shards are left alone: they were cut from the same weights.
+        """
         if world.size > 1:
-            for tensor in (tensor for module in self.modules.values() for tensor in module.state_dict().values()):
-                world.copy_first(tensor)
-            for tensor in (tensor for average in self.averages.values() for tensor in average.tensors().values()):
+            everything = [module.state_dict() for module in self.modules.values()]
+            everything += [average.tensors() for average in self.averages.values()]
+            for tensor in (tensor for tensors in everything for tensor in tensors.values() if not is_shard(tensor)):
                 world.copy_first(tensor)
 
     def _parameter_names(self) -> dict[int, str]:
@@ -101,7 +117,7 @@ class Parts:
 def optimizer_tensors(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
     """Return an optimizer's state as `<parameter name>/<entry>`; `names` maps the id of a parameter to its name."""
     return {
-        f"{names[id(parameter)]}/{entry}": torch.as_tensor(value)
+        f"{names[id(parameter)]}/{entry}": value if isinstance(value, Tensor) else torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
         for entry, value in state.items()
     }

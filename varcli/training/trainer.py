@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ class Trainer:
         "skipped", if there (`Updater.finish` gives it), is 1 for a step that changed nothing because it was no number.
         """
         raise NotImplementedError
+
+    def assembled(self) -> AbstractContextManager[None]:
+        """Around what the first process does alone: validate, publish, draw, evaluate. All processes enter and leave it.
+
+        A trainer whose weights are spread over the processes puts them together here.
+        """
+        return nullcontext()
 
     def validate(self) -> Mapping[str, Any]:
         """Measure on held-out data; "loss" decides which weights are best. Nothing if there is none to measure on."""

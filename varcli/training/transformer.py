@@ -15,6 +15,7 @@ from varcli.artifacts.verify import read_manifest, verify_folder
 from varcli.artifacts.write import prepare_folder
 from varcli.data.codes import CodesCache, CodesSplit, require_tokenizer
 from varcli.devices import precision_name, resolve_device, resolve_precision
+from varcli.distributed import ALONE, World
 from varcli.errors import ArtifactError
 from varcli.progress import OnStep, ignore
 from varcli.tokenizer.find import find_tokenizer, tokenizer_folder
@@ -62,6 +63,7 @@ def train_transformer(
     on_plan: OnPlan | None = None,
     on_samples: OnSamples | None = None,
     on_evaluate: OnEvaluate | None = None,
+    world: World = ALONE,
 ) -> TrainResult:
     """Train a transformer on a codes cache, into a run folder that can be sampled from; go on with a run begun there.
 
@@ -70,15 +72,16 @@ def train_transformer(
     others (`varcli.training.transformer_parent.load_parent`).
     resume: "auto", "last-good" after damage, or "never". given: names of settings that a resumed run must have been begun
     with, None means those that are not at their defaults; it keeps the others. on_plan: told once, before the first step.
-    on_samples: draws the picture for samples/. on_evaluate: measures samples every `eval_every` steps. Sets torch's
-    random seed.
+    on_samples: draws the picture for samples/. on_evaluate: measures samples every `eval_every` steps. world:
+    processes that share each batch and all call this, each with a device of its own; the first one alone validates, tells
+    and writes (but for shards), and any number of them, copies or shards, may go on with a run. Sets torch's random seed.
     Raises ArtifactError or IntegrityError for codes, tokenizer or checkpoints that are not whole or do not belong
     together, ConfigError for settings that cannot be or differ from the run's, and what `run_training` raises.
     """
     where = resolve_device(device)
     cache = CodesCache.open(codes)
     source_folder = _choose_tokenizer(cache, Path(out), tokenizer)
-    with open_run(out, resume) as run, _fast_matmul(where):
+    with open_run(out, resume, world) as run, _fast_matmul(where):
         parent = find_parent(run, init_from, KIND, read_parent, remember_parent)
         origin = {} if parent is None else {"init_from": parent.fingerprint}
         inputs = {"codes": cache.manifest.digest, "tokenizer": cache.tokenizer, **origin}
@@ -107,18 +110,20 @@ def train_transformer(
             on_samples=on_samples,
             on_evaluate=on_evaluate,
             images=cache.info.get("source"),
-            on_step=on_step,
+            on_step=on_step if world.is_first else ignore,
             parent=parent,
+            world=world,
         )
         if not is_finished:
             num_saves = config.keep_checkpoints + 1 if run.checkpoint is None else 1
-            prepare_folder(run.path, need_bytes=num_saves * trainer.checkpoint_bytes())
+            if world.is_first:
+                prepare_folder(run.path, need_bytes=num_saves * trainer.checkpoint_bytes())
             with memory_limits(trainer):
                 plan = trainer.prepare(run.step)
-            if on_plan is not None:
+            if on_plan is not None and world.is_first:
                 on_plan(plan)
         run.settle(KIND, configs.to_dict(config), inputs, FREE)  # only now, so that what cannot be leaves no trace
-        if not run.holds(TOKENIZER_KIND, TOKENIZER_KIND):
+        if world.is_first and not run.holds(TOKENIZER_KIND, TOKENIZER_KIND):
             copy_artifact(source_folder, run.path / TOKENIZER_KIND, TOKENIZER_KIND)
         info = {"codes": cache.manifest.digest, "images": trainer.source.num_images, **origin}
         info["source"] = cache.info.get("source")

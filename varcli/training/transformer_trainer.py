@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +14,25 @@ from torch import Tensor
 
 from varcli.artifacts.write import atomic_folder
 from varcli.devices import resolve_precision
+from varcli.distributed import ALONE, World
+from varcli.distributed.context import exchange
+from varcli.distributed.parallelize import parallelize
 from varcli.errors import ConfigError
 from varcli.kernels import resolve_kernels
 from varcli.order import ScaleOrder
 from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer import VQVAE
 from varcli.training.ema import Averages, Ema
+from varcli.training.evaluated import EvaluatedModel
 from varcli.training.frozen import learn
 from varcli.training.muon import build_optimizer
 from varcli.training.objective import NUMBERS, Objective
 from varcli.training.optim import LossScale, Updater
+from varcli.training.parallel import share_batch
 from varcli.training.plan import (
     TrainPlan,
     activation_bytes,
+    choose_mode,
     fit_micro_batch,
     memory_hint,
     process_bytes,
@@ -68,7 +74,9 @@ class TransformerTrainer(Trainer):
 
     config: resolved. source, validation: what to learn from and to measure on; None holds nothing out. classes: names
     by index. on_samples: draws pictures. on_evaluate: measures samples, of images that
-    learned from `images`. on_step: told if torch.compile has to be left out. parent: what the weights start from.
+    learned from `images`. on_step: told if torch.compile has to be left out. parent: what the weights start from. world:
+    the processes that share every batch. What is drawn at random is drawn for the whole batch by all of them alike (but
+    for `dropout`), so that their number changes nothing but the time.
     """
 
     published = KIND
@@ -87,7 +95,9 @@ class TransformerTrainer(Trainer):
         images: str | None = None,
         on_step: OnStep = ignore,
         parent: TransformerParent | None = None,
+        world: World = ALONE,
     ) -> None:
+        self.world, self.share_size = world, share_batch(config.batch_size, world)
         self.config, self.tokenizer, self.source, self.validation = config, tokenizer, source, validation
         self.classes, self.device, self.on_samples, self.on_step = classes, device, on_samples, on_step
         self.on_evaluate, self.images = on_evaluate, images
@@ -106,9 +116,13 @@ class TransformerTrainer(Trainer):
         self.model.to(device)
         learn(self.model, self.frozen)
         self.model.kernels = resolve_kernels(config.kernels, device)
+        self.dtype = resolve_precision(config.precision, device)
+        self.is_compiled = self._wants_compile()
+        needed = self._state_bytes() + self._image_bytes()
+        self.mode = choose_mode(config.parallel, config.optimizer, needed, device, world)
+        self.parallel = parallelize(self.model, self.model.blocks, world, self.mode, device, self.dtype)
         self.averages = Averages(self.model, config.all_ema_decays, config.best_average)
         self.generator = torch.Generator(device).manual_seed(config.seed)
-        self.dtype = resolve_precision(config.precision, device)
         loss_scale = LossScale(device) if self.dtype == torch.float16 else None
         self.updater = Updater(
             build_optimizer(config.optimizer, self.model, self.model.undecayed_parameters()),
@@ -125,12 +139,13 @@ class TransformerTrainer(Trainer):
             generators={"labels": self.generator},
             loss_scales={KIND: loss_scale} if loss_scale else {},
         )
-        self.objective = Objective(self.model, self.order, device, self.dtype, config.label_smoothing)
-        self.is_compiled = self._wants_compile()
+        self.objective = Objective(self.model, self.order, device, self.dtype, config.label_smoothing, self.parallel)
+        self.evaluated = EvaluatedModel(self.parallel, self.averages, self.frozen, world)
         self.micro_batch_size = self._choose_micro_batch()
         if self.is_compiled:
             self.objective.compile(with_graphs=self._wants_graphs())
-        self.memory_hint = memory_hint(self.micro_batch_size, config.precision)
+        can_shard = world.size > 1 and not self.parallel.is_sharded and config.optimizer == "adamw"
+        self.memory_hint = memory_hint(self.micro_batch_size, config.precision, can_shard)
 
     @property
     def average(self) -> Ema | None:
@@ -146,17 +161,21 @@ class TransformerTrainer(Trainer):
         rate = self.config.label_dropout
         labels_B = drop_labels(labels_B, self.model_config.num_classes, rate, self.generator)
         branches = drop_branches(self.model_config, len(codes_BL), self.generator, self.device)
+        if self.model_config.dropout and self.world.size > 1:  # drawn by each process for its part, as nothing else is
+            torch.manual_seed((self.config.seed + step * self.world.size + self.world.rank) % 2**63)
         self.updater.begin(step)
         total = torch.zeros(len(NUMBERS), device=self.device)
-        size = self.micro_batch_size
-        for start in range(0, len(codes_BL), size):
-            piece = slice(start, start + size)
+        first = self.world.rank * self.share_size
+        end = first + self.share_size
+        for start in range(first, end, self.micro_batch_size):
+            piece = slice(start, min(start + self.micro_batch_size, end))
             codes, labels = codes_BL[piece], labels_B[piece]
-            share = len(codes) / len(codes_BL)
-            loss, numbers = self.objective.loss(codes, labels, None if branches is None else branches[:, :, piece])
-            self.updater.backward(loss * share)
+            share = len(codes) / self.share_size
+            with exchange(and_more=True), self.parallel.accumulating(is_last=piece.stop == end):
+                loss, numbers = self.objective.loss(codes, labels, None if branches is None else branches[:, :, piece])
+                self.updater.backward(loss * share)
             total += numbers * share
-        values = dict(zip(NUMBERS, total.unbind(), strict=True))
+        values = dict(zip(NUMBERS, self.world.mean(total).unbind(), strict=True))
         epoch = (step + 1) * self.batch_size / self.source.num_images
         return {**values, **self.updater.finish(values["loss"]), "epoch": epoch}
 
@@ -193,9 +212,10 @@ class TransformerTrainer(Trainer):
     def _measure(self, average: Ema | None) -> dict[str, Any]:
         count = 0
         sums = torch.zeros(2, len(self.order.step_lengths), dtype=torch.float64)
-        with self._sampling_weights(average):
+        with self.evaluated.weights(average) as model:
+            objective = Objective(model, self.order, self.device, self.dtype)
             for codes, labels in self.validation.all_rows(self.micro_batch_size, self.config.validation_images):
-                sums += torch.stack(self.objective.sums_by_step(codes, labels)).cpu()
+                sums += torch.stack(objective.sums_by_step(codes, labels)).cpu()
                 count += len(codes)
         lengths = torch.tensor(self.order.step_lengths, dtype=torch.float64)
         by_scale = sums.cpu() / count
@@ -221,29 +241,29 @@ class TransformerTrainer(Trainer):
             "ema_decay": self.average.decay if self.average is not None else None,
             **info,
         }
-        with self._sampling_weights(), atomic_folder(folder) as temporary:
-            save_transformer(temporary, self.model, described)
+        with self.evaluated.weights() as model, atomic_folder(folder) as temporary:
+            save_transformer(temporary, model, described)
 
     @torch.no_grad()
     def draw(self, step: int) -> Image.Image | None:
         """Let the caller's hook draw with the weights to sample from."""
         if self.on_samples is None:
             return None
-        with self._sampling_weights():
-            return self.on_samples(self._request(step))
+        with self.evaluated.weights() as model:
+            return self.on_samples(self._request(step, model))
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Mapping[str, float]:
         """Let the caller's hook measure samples of the weights to sample from."""
         if self.on_evaluate is None:
             return {}
-        with self._sampling_weights():
-            return self.on_evaluate(self._request(step), self.config.eval_samples)
+        with self.evaluated.weights() as model:
+            return self.on_evaluate(self._request(step, model), self.config.eval_samples)
 
-    def _request(self, step: int) -> SampleRequest:
+    def _request(self, step: int, model: Transformer) -> SampleRequest:
         return SampleRequest(
             step=step,
-            transformer=self.model,
+            transformer=model,
             tokenizer=self.tokenizer,
             classes=self.classes,
             source=self.images,
@@ -254,16 +274,9 @@ class TransformerTrainer(Trainer):
         rows = self.source.rows(step * self.batch_size, self.batch_size)
         return {"seed": self.config.seed, "rows": rows[:4096].tolist()}
 
-    @contextlib.contextmanager
-    def _sampling_weights(self, average: Ema | None = None) -> Iterator[None]:
-        """Eval mode and an average's weights, by default those of the one that counts, for a while."""
-        average = average or self.average
-        self.model.eval()
-        try:
-            with average.swapped() if average is not None else contextlib.nullcontext():
-                yield
-        finally:
-            learn(self.model, self.frozen)
+    def assembled(self) -> AbstractContextManager[None]:
+        """See `Trainer.assembled`."""
+        return self.evaluated.assembled()
 
     # -- before the start ----------------------------------------------------------------------------------------
 
@@ -281,7 +294,8 @@ class TransformerTrainer(Trainer):
         def try_out() -> None:
             branches = drop_branches(self.model_config, images, None, self.device)
             self.updater.optimizer.zero_grad(set_to_none=True)
-            self.updater.backward(self.objective.loss(codes, labels, branches)[0])
+            with exchange(and_more=True):
+                self.updater.backward(self.objective.loss(codes, labels, branches)[0])
 
         with undisturbed(self.device):
             try:
@@ -297,12 +311,13 @@ class TransformerTrainer(Trainer):
             seconds = time_once(try_out, self.device)
         self.updater.optimizer.zero_grad(set_to_none=True)
         memory_bytes = torch.cuda.max_memory_allocated(self.device) if on_cuda else process_bytes()
-        memory_bytes += 8 * self.model.num_parameters  # the moments come with the first step
+        held = self.model.num_parameters // self.parallel.num_shards
+        memory_bytes += 8 * held  # the moments come with the first step
         memory_bytes += (self.micro_batch_size - images) * self._image_bytes()
-        memory_bytes = max(memory_bytes, update_bytes(self.model.num_parameters, len(self.averages.members)))
+        memory_bytes = max(memory_bytes, update_bytes(held, len(self.averages.members)))
         self.planned_bytes = memory_bytes
         steps_left = self.config.steps - start_step
-        self.planned_seconds = seconds * self.batch_size / images
+        self.planned_seconds = seconds * self.share_size / images
         return TrainPlan(
             recipe=choose_recipe(self.config.depth, self.device.type).name,
             device=torch.cuda.get_device_name(self.device) if on_cuda else self.device.type,
@@ -321,6 +336,8 @@ class TransformerTrainer(Trainer):
             steps=self.config.steps,
             batch_size=self.batch_size,
             micro_batch_size=self.micro_batch_size,
+            processes=self.world.size,
+            parallel=self.mode,
             learning_rate=self.config.learning_rate,
             memory_bytes=memory_bytes,
             seconds=steps_left * self.planned_seconds,
@@ -346,6 +363,8 @@ class TransformerTrainer(Trainer):
 
     def _wants_graphs(self) -> bool:
         wanted = self.config.cuda_graphs and self.device.type == "cuda"
+        if wanted and self.world.size > 1:
+            raise ConfigError("cuda_graphs is for one process", "set cuda_graphs=false")
         if wanted and self.micro_batch_size < self.batch_size:
             raise ConfigError(
                 "cuda_graphs replays one piece a step, but the batch is cut into several",
@@ -355,11 +374,20 @@ class TransformerTrainer(Trainer):
 
     def _choose_micro_batch(self) -> int:
         if self.config.micro_batch_size is not None:
-            return min(self.config.micro_batch_size, self.batch_size)
-        return fit_micro_batch(self.batch_size, self._image_bytes(), self._fixed_bytes(), self.device)
+            return min(self.config.micro_batch_size, self.share_size)
+        fitting = fit_micro_batch(self.share_size, self._image_bytes(), self._fixed_bytes(), self.device)
+        return -self.world.largest(-fitting)[0]  # shards meet in each micro-batch, so all must have the same number
 
     def _image_bytes(self) -> int:
         return activation_bytes(self.model_config, self.dtype, self.is_compiled, self.model.kernels)
 
     def _fixed_bytes(self) -> int:
-        return state_bytes(self.model.num_parameters, len(self.averages.members))
+        if not self.parallel.is_sharded:
+            return self._state_bytes()
+        # beside its shard, a process holds what is outside of the blocks, and two blocks and their gradients at a time
+        block = sum(parameter.numel() for parameter in self.model.blocks[0].parameters())
+        outside = self.model.num_parameters - len(self.model.blocks) * block
+        return self._state_bytes() // self.parallel.num_shards + 8 * outside + 2 * 8 * block
+
+    def _state_bytes(self) -> int:
+        return state_bytes(self.model.num_parameters, len(self.config.all_ema_decays))

@@ -6,6 +6,7 @@ A process that torchrun did not start is alone: rank 0 of 1, without a process g
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from varcli.errors import ConfigError, LostProcessError
 
 _TIMEOUT = timedelta(hours=2)  # one process may decode, hash or compute alone for long while the others wait
+_EXCHANGE = re.compile(r"\b(gloo|nccl|connection (closed|reset)|timed out waiting)", re.IGNORECASE)
 _LAST_WORDS = 1.0  # seconds that silent processes leave to the one that says what went wrong
 
 
@@ -33,6 +35,7 @@ class World:
 
     rank: int = 0  # of this process
     size: int = 1  # processes
+    local_size: int = 1  # processes on this host
 
     @property
     def is_first(self) -> bool:
@@ -52,16 +55,26 @@ class World:
         if self.size == 1:
             return list(values)
         agreed = torch.tensor(values, dtype=torch.int64)  # of the processor: nobody waits for a GPU's work
-        with _peers():
+        with exchange():
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
         return agreed.tolist()
+
+    def say(self, text: str) -> str:
+        """Return what the first process says; what the others say is not heard."""
+        if self.size == 1:
+            return text
+        data = text.encode()
+        (length,) = self.largest(len(data) if self.is_first else 0)
+        heard = torch.frombuffer(bytearray(data.ljust(length, b" ")[:length]), dtype=torch.uint8)
+        self.copy_first(heard)
+        return bytes(heard.tolist()).decode()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of all processes' tensors of one shape; the same bits everywhere."""
         if self.size == 1:
             return tensor
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
-        with _peers():
+        with exchange():
             dist.all_reduce(total)
         return total
 
@@ -75,7 +88,7 @@ class World:
             return tensor
         own = tensor.detach().contiguous()
         parts = [torch.empty_like(own) for _ in range(self.size)]
-        with _peers():
+        with exchange():
             dist.all_gather(parts, own)
         return torch.cat(parts)
 
@@ -84,7 +97,7 @@ class World:
         """Overwrite a tensor with that of rank 0."""
         if self.size > 1:
             common = tensor.detach().clone(memory_format=torch.contiguous_format)
-            with _peers():
+            with exchange():
                 dist.broadcast(common, 0)
             tensor.copy_(common)
 
@@ -104,9 +117,9 @@ def join_world(device: str = "auto") -> Iterator[tuple[World, str]]:
     Raises ConfigError if torchrun's variables make no sense.
     """
     try:
-        world = World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world.size)))
+        world = World(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", str(size))))
     except ValueError as error:
         raise ConfigError(
             f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}", "start with torchrun"
@@ -118,10 +131,10 @@ def join_world(device: str = "auto") -> Iterator[tuple[World, str]]:
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local_rank % torch.cuda.device_count()}"
         torch.cuda.set_device(device)  # NCCL and CUDA graphs look at the current one
-        if local_size <= torch.cuda.device_count() and dist.is_nccl_available():
+        if world.local_size <= torch.cuda.device_count() and dist.is_nccl_available():
             backend = "cpu:gloo,cuda:nccl"
     try:
-        with _peers():
+        with exchange():
             store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     except ValueError as error:  # of rendezvous, for a variable that is not set
@@ -150,11 +163,16 @@ def _leave(world: World, store: dist.Store) -> None:
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
-    """Turn the error of an exchange into one that says what it means."""
+def exchange(and_more: bool = False) -> Iterator[None]:
+    """Turn the error of an exchange with other processes into LostProcessError.
+
+    and_more: the body does other things too, such as a backward pass that exchanges gradients; their errors pass.
+    """
     try:
         yield
     except RuntimeError as error:  # gloo's are of no class of their own
+        if and_more and not isinstance(error, dist.DistError) and not _EXCHANGE.search(str(error)):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise LostProcessError(
             f"another process of this job has ended or cannot be reached: {reason}",
