@@ -102,6 +102,12 @@ def test_a_bare_rerun_goes_on_with_the_settings_the_run_was_begun_with(tiny_imag
     assert again.step == begun.step == 8
     with pytest.raises(ConfigError, match="learning_rate was"):
         train_tokenizer(tiny_images, tmp_path / "run", TokenizerTrainConfig(learning_rate=1e-3), device="cpu")
+    with pytest.raises(ConfigError, match=r"steps was 8, now 9$") as caught:
+        train_tokenizer(tiny_images, tmp_path / "run", TokenizerTrainConfig(steps=9), device="cpu")
+    assert f"--init-from {tmp_path / 'run'} --out NEW" in caught.value.hint
+    (tiny_images / "train" / "cat" / "0.png").rename(tiny_images / "train" / "cat" / "9.png")
+    with pytest.raises(ConfigError, match=r"begun with other images$"):
+        train_tokenizer(tiny_images, tmp_path / "run", TokenizerTrainConfig(), device="cpu")
 
 
 @pytest.mark.parametrize("wrong", [{"log_every": 0}, {"save_every": -1}])
@@ -172,7 +178,7 @@ def test_a_run_that_goes_on_keeps_what_is_not_asked_for_again(tiny_images, tmp_p
     begun = run({"patch_nums": (1, 2, 4), "width": 16, "vocab_size": 32})
     assert (begun.image_size, begun.width) == (32, 16)
     assert run({"vocab_size": 32}) == run({}, size=32) == begun
-    with pytest.raises(ConfigError, match="tokenizer was"):
+    with pytest.raises(ConfigError, match=r"other settings: tokenizer\.vocab_size was 32, now 64$"):
         run({"vocab_size": 64})
 
 

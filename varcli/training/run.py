@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,13 @@ class RunFolder:
             raise ConfigError(
                 f"`{self.path}` is a run of kind {self.stored.get('kind')}, not {kind}", "choose another --out"
             )
-        self._refuse(_differences(self.stored.get("inputs", {}), inputs, ()))
+        known = self.stored.get("inputs", {})
+        others = [name for name, value in inputs.items() if name in known and known[name] != value]
+        if others:  # what was given is known by its fingerprint only, which would tell nobody anything
+            raise ConfigError(
+                f"`{self.path}` was begun with other {' and '.join(others)}",
+                "give those to go on with that run, or choose another --out for a new one",
+            )
 
     def settle(self, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Any], free: Collection[str]) -> None:
         """Write config.json, or hold against it that a resumed run is the same run.
@@ -67,19 +74,20 @@ class RunFolder:
         """
         self.require_inputs(kind, inputs)
         if self.stored is not None and self.checkpoint is not None:
-            self._refuse(_differences(self.stored["config"], config, free))
+            changes = _differences(self.stored["config"], config, free)
+            if changes:
+                raise ConfigError(
+                    f"`{self.path}` was begun with other settings: {'; '.join(changes.values())}",
+                    f"what a run does when is made for its steps; to train on, begin a new one from it: --init-from "
+                    f"{shlex.quote(str(self.path))} --out NEW"
+                    if changes.keys() == {"steps"}
+                    else "repeat them to go on with that run, or choose another --out for a new one",
+                )
         record = {"kind": kind, "config": dict(config), "inputs": dict(inputs)}
         fixed = {key: value for key, value in record["config"].items() if key not in free}
         self.digest = digest_json({**record, "config": fixed})
         if self.world.is_first:
             write_json(self.path / CONFIG_NAME, {**record, "made_by": describe_process()})
-
-    def _refuse(self, changes: list[str]) -> None:
-        if changes:
-            raise ConfigError(
-                f"`{self.path}` was begun with other settings: {'; '.join(changes)}",
-                "repeat them to go on with that run, or choose another --out for a new one",
-            )
 
     def is_finished(self, steps: int) -> bool:
         """Say whether the run has done `steps` optimizer steps. Raises ConfigError if it has done more."""
@@ -139,10 +147,12 @@ def copy_artifact(source: Path, target: Path, kind: str) -> Manifest:
     return manifest
 
 
-def _differences(stored: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> list[str]:
+def _differences(stored: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> dict[str, str]:
     """Say of each setting that differs what it was and is; settings that one side does not know are left out."""
-    return [
-        f"{key} was {stored[key]}, now {value}"
-        for key, value in now.items()
-        if key in stored and key not in free and stored[key] != value
-    ]
+    before = configs.flatten(stored)
+    fixed = configs.flatten({key: value for key, value in now.items() if key not in free})
+    return {
+        key: f"{key} was {before[key]}, now {value}"
+        for key, value in fixed.items()
+        if key in before and before[key] != value
+    }
