@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from varcli.data.decode import UnusableImage
+from varcli.bench.pictures import draw_picture
+from varcli.config import to_dict
+from varcli.data.decode import UnusableImage, load_image
 from varcli.data.views import DecodeConfig, cut_view, prepare
+from varcli.data.worker import run_task
 from varcli.errors import ConfigError
 
 
@@ -133,3 +136,42 @@ def test_long_thin_images_are_used_or_skipped():
 def test_configs_that_cannot_work_are_refused(fields):
     with pytest.raises(ConfigError):
         DecodeConfig(**{"size": 8, **fields})
+
+
+def stored(folder, width: int, height: int) -> str:
+    """A JPEG as photographs are: smooth, with a little grain."""
+    Image.fromarray(draw_picture(width, width, height)).save(folder / f"{width}.jpg", quality=95)
+    return f"{width}.jpg"
+
+
+@pytest.mark.parametrize("crop", ["center", "random", "none"])
+def test_a_reduced_jpeg_gives_nearly_the_pixels_of_the_whole(tmp_path, crop):
+    path = stored(tmp_path, 701, 499)  # no multiple of the blocks that are reduced
+    pixels = {}
+    for reduced in (False, True):
+        config = DecodeConfig(size=32, crop=crop, reduced=reduced)
+        task = {"config": to_dict(config), "root": str(tmp_path), "shape": None, "images": [[path, [0, 1], False]]}
+        header, pixels[reduced] = run_task(task, b"")
+        assert header["rows"] == [(0, 0), (0, 1)] and header["notes"] == []
+    difference = np.abs(pixels[True].astype(int) - pixels[False])
+    # full contrast every three pixels, which photographs of 256 px have not: those differ by 2 at most
+    assert 0 < difference.max() <= 5 and difference.mean() < 0.6
+
+
+def test_only_what_is_far_larger_than_needed_is_reduced(tmp_path):
+    config = DecodeConfig(size=32, reduced=True)
+    assert config.enough((701, 499)) == (2 * 50, 2 * 36)
+    sizes = {}
+    for width, height in ((701, 499), (140, 100)):
+        path = tmp_path / stored(tmp_path, width, height)
+        sizes[width] = load_image(path, enough=config.enough)[0].size
+        assert load_image(path)[0].size == (width, height)
+    assert sizes == {701: (176, 125), 140: (140, 100)}
+    exact = DecodeConfig(size=32, crop="exact", reduced=True)
+    assert load_image(tmp_path / "701.jpg", enough=exact.enough)[0].size == (701, 499)
+
+
+def test_a_description_names_what_decides_pixels_and_stays_what_it_was():
+    assert "reduced" not in DecodeConfig(size=32).describe()
+    assert DecodeConfig(size=32, reduced=True).describe()["reduced"] is True
+    assert DecodeConfig(size=32).describe().keys() | {"reduced"} == to_dict(DecodeConfig(size=32)).keys()

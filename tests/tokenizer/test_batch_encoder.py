@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from varcli.tokenizer import TokenizerConfig
 from varcli.tokenizer.agreement import ENOUGH, measure_agreement
-from varcli.tokenizer.batch_encoder import BatchEncoder
+from varcli.tokenizer.batch_encoder import BatchEncoder, default_batch_size
 
 
 @pytest.fixture
@@ -19,6 +20,16 @@ def test_float32_is_what_the_tokenizer_encodes(tiny_tokenizer, images):
     encoder = BatchEncoder(tiny_tokenizer, torch.float32, 8)
     assert torch.equal(encoder.encode(images), expected)
     assert torch.equal(encoder.begin(images).wait(), expected)
+
+
+@pytest.mark.parametrize(("side", "expected"), [(256, 128), (512, 32), (1024, 8), (64, 256)])
+def test_batches_in_half_precision_keep_indices_short(side, expected):
+    config = TokenizerConfig.for_side(side)
+    config = config if side in (64, 256) else config.at_size(side)
+    assert default_batch_size(config, torch.device("cuda"), torch.float16) == expected
+    assert expected * config.width * side**2 < 2**31
+    assert default_batch_size(config, torch.device("cuda"), torch.float32) == 256  # what caches were begun with
+    assert default_batch_size(config, torch.device("cpu"), torch.float16) == 64
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

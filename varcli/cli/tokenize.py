@@ -43,6 +43,9 @@ def tokenize(
     compile_: Annotated[
         str, Option("--compile", help="on, off, or auto: torch.compile for bf16 and fp16 on CUDA and many images.")
     ] = "auto",
+    reduced_decode: Annotated[
+        bool, Option("--reduced-decode", help="Decode JPEGs far larger than needed at a fraction of their size.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Turn images into codes, once, so that training need not.
@@ -72,6 +75,7 @@ def tokenize(
             device=own_device,
             precision=precision,
             compile=_COMPILE[compile_],
+            reduced_decode=reduced_decode,
             on_step=console.progress("tokenizing") if world.is_first else ignore,
             world=world,
         )

@@ -20,7 +20,6 @@ from varcli.artifacts.lock import hold_folder
 from varcli.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, digest_json, hash_file, write_manifest
 from varcli.artifacts.verify import read_json, read_json_lines, read_manifest
 from varcli.artifacts.write import prepare_folder, write_json, write_text
-from varcli.config import to_dict
 from varcli.data.codes_shards import PLAIN_PRECISION, PROGRESS_PATTERN, CodesPlan, ShardWriter, shard_positions
 from varcli.data.paths import escape_path
 from varcli.data.skips import allowed_skips
@@ -178,7 +177,7 @@ class CodesWriter(contextlib.AbstractContextManager["CodesWriter"]):
             "views": max(plan.views.values()),
             "seed": next(iter(plan.decode.values())).seed,
             "augment": {
-                name: {**to_dict(plan.decode[name]), "views": plan.views[name]} for name in sorted(plan.decode)
+                name: {**plan.decode[name].describe(), "views": plan.views[name]} for name in sorted(plan.decode)
             },
             "images_digest": digest.hexdigest(),
             "shard_images": plan.shard_images,

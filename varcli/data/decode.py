@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -29,9 +30,13 @@ class UnusableImage(Exception):
     """An image that is skipped; the text is the reason, without the path. Never leaves varcli.data as such."""
 
 
-def load_image(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, list[str]]:
+def load_image(
+    path: Path, max_pixels: int = MAX_PIXELS, enough: Callable[[tuple[int, int]], tuple[int, int]] | None = None
+) -> tuple[Image.Image, list[str]]:
     """Read one image file.
 
+    enough: told the (width, height) of a JPEG, says how much of it is enough: it is decoded at an eighth, a quarter or half
+    of its size, if neither side becomes shorter than that. None decodes everything.
     Returns an RGB image and notes on what was converted, e.g. ["alpha over white"]; no notes for plain 8-bit RGB.
     Raises UnusableImage with the reason if the file is no image, damaged, too large, or not a regular file.
     """
@@ -51,7 +56,7 @@ def load_image(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, l
             warnings.simplefilter("always")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             try:
-                image, notes = _decode(file, max_pixels)
+                image, notes = _decode(file, max_pixels, enough)
             except UnusableImage:
                 raise
             except Image.UnidentifiedImageError:
@@ -82,7 +87,9 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     return image.convert("RGB"), kinds
 
 
-def _decode(file: IO[bytes], max_pixels: int) -> tuple[Image.Image, list[str]]:
+def _decode(
+    file: IO[bytes], max_pixels: int, enough: Callable[[tuple[int, int]], tuple[int, int]] | None
+) -> tuple[Image.Image, list[str]]:
     image = Image.open(file, formats=FORMATS)
     width, height = image.size
     if width * height > max_pixels:
@@ -93,6 +100,8 @@ def _decode(file: IO[bytes], max_pixels: int) -> tuple[Image.Image, list[str]]:
     if image.mode not in _SIXTEEN_BIT and any(";16" in str(tile[3]) for tile in image.tile):
         notes.append("16-bit")  # colour: Pillow keeps the upper byte, which is the scaling wanted here
     image.seek(0)
+    if image.format == "JPEG" and enough is not None:
+        image.draft(None, enough(image.size))
     image.load()
     rgb, kinds = to_rgb(image)
     return rgb, kinds + notes

@@ -8,14 +8,14 @@ from varcli.data.views import DecodeConfig
 
 
 def default_decode(
-    tree: ImageTree, size: int, views: int = 1, seed: int = 0, colour: float = 0.0
+    tree: ImageTree, size: int, views: int = 1, seed: int = 0, colour: float = 0.0, reduced: bool = False
 ) -> dict[str, DecodeConfig]:
     """Choose a DecodeConfig for each split of `tree`.
 
     Images that are `size` x `size` already are used whole: one view as it is, further ones turned, scaled and shifted a
     little. Others are cropped as VAR does (arXiv:2404.02905): at random for training, in the centre for "val".
     views: stored views of a training image. colour: strength of the colour changes of its further views. Grey IDX images
-    are used whole, on black. emoji64 is mirrored by class.
+    are used whole, on black. emoji64 is mirrored by class. reduced: as in `DecodeConfig`.
     """
     train = next(iter(tree.splits))
     flips = EMOJI64_FLIP_CLASSES if tree.classes == EMOJI64_CLASSES else ()
@@ -38,5 +38,6 @@ def default_decode(
             flip_classes=flipped,
             fill=fill,
             seed=seed,
+            reduced=reduced,
         )
     return configs

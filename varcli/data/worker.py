@@ -41,10 +41,11 @@ def run_task(task: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], np.ndarr
     for number, (path, wanted, flip) in enumerate(task["images"]):
         try:
             if pixels is None:
-                image, notes = load_image(Path(task["root"], path), config.max_pixels)
+                image, notes, full_size = _load(Path(task["root"], path), config)
             else:
                 image, notes = Image.fromarray(pixels[number]).convert("RGB"), ["grey"]
-            found = cut_views(image, config, path, wanted, flip)
+                full_size = image.size
+            found = cut_views(image, config, path, wanted, flip, full_size)
         except UnusableImage as reason:
             skipped.append((number, str(reason)))
             continue
@@ -55,6 +56,18 @@ def run_task(task: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], np.ndarr
     header = {"rows": rows, "skipped": skipped, "notes": converted}
     stacked = np.stack(views) if views else np.empty((0, 3, config.size, config.size), np.uint8)
     return header, stacked
+
+
+def _load(path: Path, config: DecodeConfig) -> tuple[Image.Image, list[str], tuple[int, int]]:
+    """Read an image, reduced if the config says so. Returns it, the notes, and the size it has on disk."""
+    sizes: list[tuple[int, int]] = []
+
+    def enough(size: tuple[int, int]) -> tuple[int, int]:
+        sizes.append(size)
+        return config.enough(size)
+
+    image, notes = load_image(path, config.max_pixels, enough if config.reduced else None)
+    return image, notes, sizes[0] if sizes else image.size
 
 
 def send(stream: BinaryIO, header: dict[str, Any], raw: bytes | memoryview) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varcli import config as configs
 from varcli.artifacts.manifest import digest_json, hash_files
 from varcli.artifacts.verify import is_artifact, read_manifest, verify_folder
 from varcli.data.decode import UnusableImage, load_image
@@ -136,7 +135,7 @@ def from_tree(
             if paths
             else hashlib.sha256(np.ascontiguousarray(chosen.pixels[indices])).hexdigest()
         )
-        return digest_json({"content": content, "decode": configs.to_dict(config)})
+        return digest_json({"content": content, "decode": config.describe()})
 
     whole = (
         f"enlarged from {side} px"

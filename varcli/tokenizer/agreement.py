@@ -38,7 +38,7 @@ class Agreement:
 
 
 def measure_agreement(encoder: BatchEncoder, batches: Iterable[Tensor]) -> Agreement | None:
-    """Encode uint8 batches (B, 3, H, W) with `encoder` and in float32, and decode both in float32.
+    """Encode uint8 batches (B, 3, H, W) with `encoder` and in float32, and decode both with the same decoder.
 
     A code that differs changes what all finer scales have left to encode, so agreement falls from scale to scale.
     Returns None if there is no image.

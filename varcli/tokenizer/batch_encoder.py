@@ -10,7 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from varcli.devices import autocast, exact_convolutions
+from varcli.tokenizer.base import TokenizerConfig
 from varcli.tokenizer.vqvae import VQVAE
+
+_INDEX_LIMIT = 2**31  # elements of a tensor, beyond which a GPU computes with indices of 64 bits
+_MOST_AT_ONCE = 256
+
+
+def default_batch_size(config: TokenizerConfig, device: torch.device, dtype: torch.dtype) -> int:
+    """Return how many images to encode at once: as many as keep a GPU busy, or a processor's cache useful.
+
+    In half precision no activation gets more elements than indices of 32 bits can name: 128 images of 256 px with the
+    released width.
+    """
+    if device.type != "cuda":
+        return 64
+    if dtype == torch.float32:
+        return _MOST_AT_ONCE
+    fitting = max(1, (_INDEX_LIMIT - 1) // (config.width * config.image_size**2))
+    return min(_MOST_AT_ONCE, 1 << (fitting.bit_length() - 1))
 
 
 def pixels_to_floats(images_u8: Tensor) -> Tensor:
@@ -92,7 +110,7 @@ class BatchEncoder:
             return CodesOnTheWay(codes_BL.cpu())
         host = torch.empty(codes_BL.shape, dtype=codes_BL.dtype, pin_memory=True)
         host.copy_(codes_BL, non_blocking=True)
-        arrival = torch.cuda.Event()
+        arrival = torch.cuda.Event(blocking=True)  # whoever waits leaves the core to the decoders
         arrival.record()
         return CodesOnTheWay(host, arrival)
 

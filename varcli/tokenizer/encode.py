@@ -22,7 +22,7 @@ from varcli.distributed import ALONE, World
 from varcli.errors import ConfigError, unknown_name
 from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer.agreement import ENOUGH, measure_agreement
-from varcli.tokenizer.batch_encoder import BatchEncoder
+from varcli.tokenizer.batch_encoder import BatchEncoder, default_batch_size
 from varcli.tokenizer.encode_shards import SharedCache, encode_shards
 from varcli.tokenizer.find import default_tokenizer, find_tokenizer, tokenizer_folder
 from varcli.tokenizer.store import load_tokenizer
@@ -63,6 +63,7 @@ def tokenize(
     device: str = "auto",
     precision: str = PLAIN_PRECISION,
     compile: bool | None = None,
+    reduced_decode: bool = False,
     on_step: OnStep = ignore,
     world: World = ALONE,
 ) -> TokenizeResult | None:
@@ -73,9 +74,10 @@ def tokenize(
     one. colour: strength, in [0, 1], of the colour changes of views after the first. max_skip: unusable images
     tolerated, None is 100 or 0.1 %. precision: "fp32", without TF32, or "bf16" or "fp16", which are faster and choose
     other codes here and there: how many is measured first, told and kept in the manifest. compile: torch.compile for
-    these; None does so on CUDA for many images. world: processes that share the shards and all call this, each with a
-    device of its own; the cache is that of one process. Batches never cross a shard, so that a rerun, which goes on at the
-    first missing shard, meets the same ones. Returns what was written, None on processes but the first.
+    these; None does so on CUDA for many images. reduced_decode: see `DecodeConfig.reduced`. world: processes that share the
+    shards and all call this, each with a device of its own; the cache is that of one process. Batches never cross a shard,
+    so that a rerun, which goes on at the first missing shard, meets the same ones. Returns what was written, None on
+    processes but the first.
     Raises DataError for images that cannot be used, SkipLimitError if too many cannot, ConfigError if `out` was begun with
     other settings, ArtifactError if it cannot be written.
     """
@@ -107,11 +109,11 @@ def tokenize(
         vocab_size=config.vocab_size,
         code_channels=config.code_channels,
         downsampling=config.downsampling,
-        decode=default_decode(tree, config.image_size, views, seed, colour),
+        decode=default_decode(tree, config.image_size, views, seed, colour, reduced_decode),
         views={name: _VALIDATION_VIEWS if name == "val" and len(splits) > 1 else views for name in splits},
         precision=precision,
     )
-    size = batch_size or (256 if where.type == "cuda" else 64)
+    size = batch_size or default_batch_size(config, where, PRECISIONS[precision])
     on_failure = None if compile else tell
     if compile is None:  # by all images, also where few are missing: a rerun meets the same kernels
         compile = (
