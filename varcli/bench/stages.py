@@ -7,24 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from varcli.bench.calibrate import Ceiling, measure_ceiling, median_seconds
 from varcli.bench.config import BenchConfig
-from varcli.bench.counting import decoder_flops, encoding_flops
+from varcli.bench.counting import encoding_flops
 from varcli.bench.files import FILES, measure_files
 from varcli.bench.profile import profile_kernels
 from varcli.bench.result import BenchResult, Measurement
+from varcli.bench.sampling import sampling_stage
 from varcli.bench.tokenizer_training import tokenizer_training_stage
 from varcli.devices import precision_name, resolve_device, resolve_precision
 from varcli.errors import unknown_name
 from varcli.kernels import resolve_kernels
 from varcli.order import ScaleOrder
 from varcli.progress import OnStep, Step, ignore
-from varcli.sampling import Generator, SampleConfig
-from varcli.sampling.noise import KeyedNoise
-from varcli.scaling.flops import sampling_flops, training_flops
+from varcli.scaling.flops import training_flops
 from varcli.tokenizer import VQVAE
 from varcli.tokenizer.batch_encoder import BatchEncoder
 from varcli.tokenizer.quantizer import MultiScaleQuantizer
@@ -58,22 +58,45 @@ def run_bench(stage: str, config: BenchConfig | None = None, on_step: OnStep = i
         if name == FILES:
             found += measure_files(size, chosen, device, dtype, ceiling, on_step)
         else:
-            measurement = _measure(name, size, chosen, device, dtype, ceiling)
-            found.append(replace(measurement, kernels=kernels))
+            measurements = _measure(name, size, chosen, device, dtype, ceiling)
+            found += [replace(measurement, kernels=kernels) for measurement in measurements]
     on_step(Step(len(jobs), len(jobs), unit="measurements"))
     return BenchResult(ceiling=ceiling, measurements=tuple(found))
 
 
 def _measure(
     name: str, size: int, config: BenchConfig, device: torch.device, dtype: torch.dtype, ceiling: Ceiling
-) -> Measurement:
+) -> list[Measurement]:
     torch.manual_seed(0)
     if config.compile:
         torch.compiler.reset()  # else the second batch size is compiled for all sizes, which is slower
-    work, flops = STAGES[name](size, config, device, dtype)
+    stage = STAGES[name](size, config, device, dtype)
+    return [
+        Measurement(
+            **_time_part(prepare, flops, size, config, device, ceiling),
+            stage=part,
+            precision=precision_name(dtype),
+            is_compiled=config.compile
+            and (name, dtype) != ("tokenize", torch.float32),  # which is never compiled there
+            model=config.describe(name),
+        )
+        for part, (prepare, flops) in stage.items()
+    ]
+
+
+def _time_part(
+    prepare: Callable[[], Callable[[], object]],
+    flops: float,
+    size: int,
+    config: BenchConfig,
+    device: torch.device,
+    ceiling: Ceiling,
+) -> dict[str, Any]:
+    """Return the fields of a Measurement that are measured."""
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
+    work = prepare()
     seconds = median_seconds(work, device, config.repeats)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_cuda else None
     profile = profile_kernels(work, device) if config.profile else ()
@@ -81,23 +104,20 @@ def _measure(
     if on_cuda:
         torch.cuda.empty_cache()
     tflops = flops * size / seconds / 1e12
-    return Measurement(
-        stage=name,
-        batch_size=size,
-        milliseconds=seconds * 1e3,
-        images_per_second=size / seconds,
-        tflops=tflops,
-        share_of_matmul=tflops / ceiling.matmul_tflops,
-        peak_gib=peak,
-        profile=profile,
-        precision=precision_name(dtype),
-        is_compiled=config.compile and (name, dtype) != ("tokenize", torch.float32),  # which is never compiled there
-        model=config.describe(name),
-        details={"repeats": config.repeats},
-    )
+    return {
+        "batch_size": size,
+        "milliseconds": seconds * 1e3,
+        "images_per_second": size / seconds,
+        "tflops": tflops,
+        "share_of_matmul": tflops / ceiling.matmul_tflops,
+        "peak_gib": peak,
+        "profile": profile,
+        "details": {"repeats": config.repeats},
+    }
 
 
-Stage = tuple[Callable[[], object], float]  # a whole batch, and the operations of one image
+Stage = dict[str, tuple[Callable[[], Callable[[], object]], float]]
+"""The whole and its parts by name: what makes a batch of work ready and returns it, and the operations of one image."""
 
 
 def _tokenize(size: int, config: BenchConfig, device: torch.device, dtype: torch.dtype) -> Stage:
@@ -106,7 +126,7 @@ def _tokenize(size: int, config: BenchConfig, device: torch.device, dtype: torch
     side = model.config.image_size
     images = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, device=device)
     encoder = BatchEncoder(model, dtype, size, config.compile)
-    return lambda: encoder.encode(images), encoding_flops(config.tokenizer)
+    return {"tokenize": (lambda: lambda: encoder.encode(images), encoding_flops(config.tokenizer))}
 
 
 def _train(size: int, config: BenchConfig, device: torch.device, dtype: torch.dtype) -> Stage:
@@ -130,33 +150,22 @@ def _train(size: int, config: BenchConfig, device: torch.device, dtype: torch.dt
         updater.finish(loss.detach())
 
     shape = model.config
-    return work, training_flops(shape.depth, shape.width, shape.step_lengths, shape.vocab_size)
+    return {"train": (lambda: work, training_flops(shape.depth, shape.width, shape.step_lengths, shape.vocab_size))}
 
 
-def _sample(size: int, config: BenchConfig, device: torch.device, dtype: torch.dtype) -> Stage:
-    """Classes to pixels on the device, with the settings of the paper's FIDs."""
-    tokenizer = VQVAE(config.tokenizer).to(device).eval().requires_grad_(False)
-    transformer = Transformer(config.transformer).to(device).eval().requires_grad_(False)
-    generator = Generator(tokenizer, transformer)
-    settings = SampleConfig(precision=str(config.precision))
-    labels = torch.randint(1000, (size,), device=device)
-    noise = KeyedNoise(0, labels.tolist(), range(size), device)
-
-    def work() -> None:
-        generator.decode(generator.generate(labels, noise, settings), settings)
-
-    shape = transformer.config
-    flops = sampling_flops(shape.depth, shape.width, shape.step_lengths, shape.vocab_size)
-    return work, decoder_flops(config.tokenizer) + flops
+def _train_tokenizer(size: int, config: BenchConfig, device: torch.device, dtype: torch.dtype) -> Stage:
+    """One step of tokenizer training with all its losses at work."""
+    work, flops = tokenizer_training_stage(size, config, device, dtype)
+    return {"train-tokenizer": (lambda: work, flops)}
 
 
 STAGES: dict[str, Callable[..., Stage]] = {
     "tokenize": _tokenize,
     "train": _train,
-    "sample": _sample,
-    "train-tokenizer": tokenizer_training_stage,
+    "sample": sampling_stage,
+    "train-tokenizer": _train_tokenizer,
 }
-"""Every stage that is one piece of work on the device, by the name of its command; `FILES` is a stage of several parts."""
+"""Every stage that is work on the device alone, by the name of its command; `FILES` is one of files to files."""
 
 ALL = ("tokenize", "train", "sample")
 """The stages of a transformer, which "all" measures: those of one whose tokenizer is there already."""
