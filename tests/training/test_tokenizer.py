@@ -182,6 +182,18 @@ def test_a_run_that_goes_on_keeps_what_is_not_asked_for_again(tiny_images, tmp_p
         run({"vocab_size": 64})
 
 
+def test_how_many_codes_were_restarted_does_not_depend_on_how_often_it_is_logged(tiny_images, tmp_path):
+    restarted = {}
+    for every in (1, 4):
+        settings = config(steps=8, log_every=every, restart_until=1.0, validate_every=0, save_every=0)
+        train_tokenizer(tiny_images, tmp_path / str(every), settings, device="cpu")
+        lines = [line for line in read_json_lines(tmp_path / str(every) / "metrics.jsonl") if line["kind"] == "train"]
+        restarted[every] = [line["codes_restarted"] for line in lines]
+    assert (len(restarted[1]), len(restarted[4])) == (8, 2)
+    assert sum(restarted[1]) == sum(restarted[4]) > 0
+    assert [sum(restarted[1][:4]), sum(restarted[1][4:])] == restarted[4]
+
+
 def test_what_the_images_size_chooses_is_in_the_runs_config(tiny_images, tmp_path):
     for path in tiny_images.rglob("*.png"):
         for copy in range(12):

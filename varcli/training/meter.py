@@ -18,18 +18,25 @@ class Meter:
     def __init__(self) -> None:
         self._names: list[tuple[str, ...]] = []
         self._rows: list[Tensor] = []
-        self._floats: dict[str, float] = {}
+        self._plain: dict[str, float] = {}
         self._first_step = 0
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def add(self, step: int, numbers: Mapping[str, Tensor | float]) -> None:
-        """Take the numbers of step `step`, counted from 0: 0-d tensors are averaged, floats keep their last value."""
+    def add(self, step: int, numbers: Mapping[str, Tensor | float | int]) -> None:
+        """Take the numbers of step `step`, counted from 0.
+
+        0-d tensors are averaged, floats keep their last value, whole numbers are counts, which add up.
+        """
         if not self._rows:
             self._first_step = step
         tensors = {name: value for name, value in numbers.items() if isinstance(value, Tensor)}
-        self._floats |= {name: value for name, value in numbers.items() if not isinstance(value, Tensor)}
+        for name, value in numbers.items():
+            if isinstance(value, int):
+                self._plain[name] = self._plain.get(name, 0) + value
+            elif not isinstance(value, Tensor):
+                self._plain[name] = value
         self._names.append(tuple(tensors))
         self._rows.append(torch.stack([value.detach().float() for value in tensors.values()]))
 
@@ -45,8 +52,8 @@ class Meter:
             for name, value in numbers.items():
                 sums.setdefault(name, []).append(value)
         means = {name: math.fsum(values) / len(values) for name, values in sums.items()}
-        result = {**means, **self._floats}
-        self._names, self._rows, self._floats = [], [], {}
+        result = {**means, **self._plain}
+        self._names, self._rows, self._plain = [], [], {}
         return result, skipped
 
 

@@ -143,7 +143,7 @@ class TokenizerTrainer(Trainer):
             judged = self.judge.finish(numbers["discriminator_loss"])
             numbers["discriminator_gradient_norm"] = judged["gradient_norm"]
             numbers["skipped"] = torch.maximum(numbers["skipped"], judged["skipped"])
-        numbers["codes_restarted"] = float(self._keep_codes_alive(step, images, codes))
+        numbers["codes_restarted"] = self._keep_codes_alive(step, images, codes)
         return numbers
 
     @torch.no_grad()

@@ -34,7 +34,8 @@ class Trainer:
     def train_step(self, step: int) -> Mapping[str, Tensor | float]:
         """Do optimizer step `step`, counted from 0, and return numbers for the log.
 
-        0-d tensors stay on the device and are averaged between log lines; floats are logged as they are last.
+        0-d tensors stay on the device and are averaged between log lines; floats are logged as they are last, and whole
+        numbers are counts, whose sum is logged.
         "skipped", if there (`Updater.finish` gives it), is 1 for a step that changed nothing because it was no number.
         """
         raise NotImplementedError
