@@ -73,7 +73,10 @@ def r1_penalty(discriminator: nn.Module, images: Tensor) -> Tensor:
 
 
 class LeCamPenalty(nn.Module):
-    """Keeps a discriminator near its own running averages, which steadies it on small sets (arXiv:2104.03310)."""
+    """Keeps a discriminator near its own running averages, which steadies it on small sets (arXiv:2104.03310).
+
+    The averages begin with the means of the first batch.
+    """
 
     def __init__(self, decay: float = 0.99) -> None:
         super().__init__()
@@ -89,7 +92,8 @@ class LeCamPenalty(nn.Module):
         with torch.no_grad():
             means = world.mean(torch.stack([real_logits.mean().float(), fake_logits.mean().float()]))
             for average, mean in zip((self.real_mean, self.fake_mean), means, strict=True):
-                average.lerp_(torch.where(mean.isfinite(), mean, average), 1 - self.decay)  # one NaN would stay forever
+                moved = torch.where(average == 0, mean, average.lerp(mean, 1 - self.decay))  # 0 is: none yet
+                average.copy_(torch.where(mean.isfinite(), moved, average))  # one NaN would stay forever
         return (
             F.relu(real_logits - self.fake_mean).square().mean() + F.relu(self.real_mean - fake_logits).square().mean()
         )
