@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ from varcli.data import stream
 from varcli.data.defaults import default_decode
 from varcli.data.images import open_images
 from varcli.data.skips import Skips
+from varcli.data.views import prepare
 from varcli.errors import DataError, SkipLimitError
 from varcli.training import pixels as pixels_module
 from varcli.training.pixel_stream import PixelStream, spread_rows
-from varcli.training.pixels import Pixels, open_pixels, read_held_out
+from varcli.training.pixels import Pixels, open_pixels, read_held_out, read_pixels
 
 
 @pytest.fixture
@@ -205,11 +207,18 @@ def test_a_spread_reaches_from_the_first_to_the_last():
 
 
 def test_a_streams_spread_is_cut_in_the_centre(photos):
+    tree = open_images(photos)
     images = open_stream(photos)
-    centre = read_held_out(open_images(photos), "train", 16, workers=0)
-    assert len(images.spread(100)) == 13
-    assert images.spread(4).shape == (4, 3, 16, 16) and centre.shape == (13, 3, 16, 16)
-    assert torch.equal(images.spread(4), images.spread(13)[[0, 4, 8, 12]])
+    centre = replace(images.config, crop="center")
+    cut, _ = read_pixels(tree, "train", centre, np.arange(13), 0, Skips(tree))
+    assert torch.equal(images.spread(100), cut)
+    assert torch.equal(images.spread(4), cut[[0, 4, 8, 12]])
+    for image, path in zip(cut, tree.splits["train"].paths, strict=True):
+        with Image.open(photos / path) as opened:
+            prepared = prepare(opened.convert("RGB"), centre)
+        left, top = ((side - 16) // 2 for side in prepared.size)
+        expected = np.asarray(prepared)[top : top + 16, left : left + 16]
+        assert (image.permute(1, 2, 0).int() - torch.tensor(expected).int()).abs().max() <= 1
 
 
 def test_unusable_images_are_told_once_and_the_rest_at_the_end(photos):

@@ -1,0 +1,66 @@
+"""The trainer of a tokenizer itself: what follows a restart of codes, and whose weights are measured and published."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from small_tokenizer import SMALL
+
+from varcli.data.samples import make_grid
+from varcli.tokenizer.judge import evaluate_tokenizer, scale_strip
+from varcli.tokenizer.store import load_tokenizer
+from varcli.training import tokenizer_trainer
+from varcli.training.pixels import Pixels
+from varcli.training.tokenizer_settings import TokenizerTrainConfig
+from varcli.training.tokenizer_trainer import TokenizerTrainer
+
+CPU = torch.device("cpu")
+
+
+def build(**changes) -> TokenizerTrainer:
+    values = {"steps": 10, "batch_size": 4, "learning_rate": 2e-3, "warmup_steps": 0, "perceptual_weight": 0.0}
+    config = TokenizerTrainConfig(
+        **{"tokenizer": SMALL, "restart_every": 0, "adversarial_start": 1.0, **values, **changes}
+    )
+    images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return TokenizerTrainer(config, Pixels(images[:8]), images[8:], CPU)
+
+
+def test_a_restarted_code_starts_afresh_everywhere(monkeypatch):
+    trainer, moved = build(restart_every=2), []
+    right = tokenizer_trainer.restart_dead_codes
+    monkeypatch.setattr(tokenizer_trainer, "restart_dead_codes", lambda *a: moved.append(right(*a)) or moved[-1])
+    trainer.train_step(0)
+    quantizer, table = trainer.model.quantizer, trainer.model.quantizer.codebook.weight
+    quantizer.usage_KV.zero_()  # nobody has picked any code
+    trainer.train_step(1)
+    (rows,) = moved
+    assert 0 < len(rows) < len(table)
+    assert torch.equal(trainer.average.shadow["quantizer.codebook.weight"][rows], table[rows])
+    moments = [value for value in trainer.updater.optimizer.state[table].values() if value.shape == table.shape]
+    kept = torch.ones(len(table), dtype=torch.bool)
+    kept[rows] = False
+    assert len(moments) == 2
+    for moment in moments:
+        assert not moment[rows].any() and moment[kept].any()
+    fair_share = 4 * SMALL.scales.seq_len / SMALL.vocab_size
+    assert quantizer.usage_KV[:, rows].sum(dim=0) == pytest.approx(fair_share * np.ones(len(rows)))
+
+
+def test_the_averaged_weights_are_measured_drawn_and_published(tmp_path):
+    trainer = build(ema_decay=0.9)
+    for step in range(4):
+        trainer.train_step(step)
+    trainer.publish(tmp_path / "tokenizer", {})
+    published = load_tokenizer(tmp_path / "tokenizer")
+    average, own = trainer.average.tensors(), dict(trainer.model.named_parameters())
+    for name, parameter in published.named_parameters():
+        assert torch.equal(parameter, average[name])
+    assert not torch.equal(average["quantizer.codebook.weight"], own["quantizer.codebook.weight"])
+    found, expected = trainer.validate(), evaluate_tokenizer(published, trainer.held_out, None)
+    assert {name: found[name] for name in expected} == expected
+    assert evaluate_tokenizer(trainer.model.eval(), trainer.held_out, None)["psnr"] != expected["psnr"]
+    strip = scale_strip(published, trainer.held_out)
+    drawn = make_grid(strip.flatten(0, 1), columns=strip.shape[1])
+    assert trainer.draw(4).tobytes() == drawn.tobytes()
