@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 from dataclasses import replace
@@ -69,6 +70,23 @@ def test_a_process_that_takes_every_other_slice_and_one_that_jumps_get_the_same_
     for positions in ([4, 12, 20, 28, 36], [40, 0, 8, 8, 4, 52], [0, 4, 8, 4, 8, 12]):
         found = take(open_stream(photos, 1), positions, 4)
         assert same(found, [whole[position : position + 4] for position in positions])
+
+
+def test_a_process_that_takes_its_part_of_each_batch_starts_its_workers_once(photos, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(stream.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    take(open_stream(photos, 1, batch_size=8), [4, 12, 20, 28], 4)
+    assert len(started) == 1
+
+
+def test_processes_on_one_machine_share_its_memory(tmp_path, monkeypatch):
+    tree = open_images(write_pngs(tmp_path / "images", draw(9, 0, 16)), allow_single_class=True)
+    right, sizes = os.sysconf, {"SC_PAGE_SIZE": 8, "SC_PHYS_PAGES": 9 * 3 * 16 * 16}  # a quarter is twice the images
+    monkeypatch.setattr(os, "sysconf", lambda name: sizes.get(name) or right(name))
+    for sharers, kind in ((1, Pixels), (2, Pixels), (3, PixelStream)):
+        with open_pixels(tree, "train", 16, batch_size=2, workers=0, sharers=sharers) as images:
+            assert type(images) is kind
 
 
 def test_each_epoch_has_every_image_once_in_another_crop(photos):

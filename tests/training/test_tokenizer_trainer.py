@@ -8,6 +8,7 @@ import torch
 from small_tokenizer import SMALL
 
 from varcli.data.samples import make_grid
+from varcli.distributed import World
 from varcli.tokenizer.judge import evaluate_tokenizer, scale_strip
 from varcli.tokenizer.store import load_tokenizer
 from varcli.training import tokenizer_trainer
@@ -46,6 +47,20 @@ def test_a_restarted_code_starts_afresh_everywhere(monkeypatch):
         assert not moment[rows].any() and moment[kept].any()
     fair_share = 4 * SMALL.scales.seq_len / SMALL.vocab_size
     assert quantizer.usage_KV[:, rows].sum(dim=0) == pytest.approx(fair_share * np.ones(len(rows)))
+
+
+def test_only_the_process_that_measures_decodes_images_to_measure_on():
+    class Spread(Pixels):
+        def spread(self, count):
+            asked.append(count)
+            return super().spread(count)
+
+    images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+    config = TokenizerTrainConfig(tokenizer=SMALL, batch_size=4, learning_rate=1e-3, perceptual_weight=0.0)
+    for rank, expected in ((0, 8), (1, 0)):
+        asked = []
+        trainer = TokenizerTrainer(config, Spread(images), images[:0], CPU, World(rank, 2))
+        assert (len(trainer.measured), len(asked)) == (expected, 1 - rank)
 
 
 def test_the_averaged_weights_are_measured_drawn_and_published(tmp_path):

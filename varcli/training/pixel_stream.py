@@ -37,9 +37,11 @@ class PixelStream:
     Stands in for `varcli.training.pixels.Pixels`. Sample number n of a run over N images is view n // N of its image, so
     it depends on seed and position alone, not on workers, batches or where a run was stopped. An image that cannot be
     used has the next usable one of the listing in its place. Batches are decoded ahead on the guess that the next
-    position is as far off as the last one was; another one is right too, and costs a new start of the workers.
+    position is as far off as the last one was, at first a batch; another one is right too, and costs a new start of the
+    workers.
 
-    config: how to cut training images. batch_size: samples the caller asks for in all, for the check of `require_batch`.
+    config: how to cut training images. batch_size: samples of a whole batch, of which the caller may take a part: how far
+    apart its parts are, and how many images there must be (`require_batch`).
     skips: notes unusable images; the first ones are told by `batch` or `spread`. Call `close` at the end.
     Raises DataError if no image can be used, SkipLimitError if too many cannot, here or later.
     """
@@ -81,7 +83,7 @@ class PixelStream:
         if self._reader is None or last is None or (last[0] + self._stride, last[1]) != (position, count):
             self.close()
             goes_on = last is not None and last[1] == count and last[0] < position
-            self._stride = position - last[0] if last is not None and goes_on else count
+            self._stride = position - last[0] if last is not None and goes_on else max(count, self._batch_size)
             pin = self.device.type == "cuda"
             self._reader = _Reader(self._batches(position, count, self._stride, pin))
         try:

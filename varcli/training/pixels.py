@@ -71,11 +71,13 @@ def open_pixels(
     workers: int | None = None,
     skips: Skips | None = None,
     on_step: OnStep = ignore,
+    sharers: int = 1,
 ) -> Iterator[Pixels | PixelStream]:
     """Yield the samples of a split for training at `size` px; on the way out the processes that decode are ended.
 
     An image that cannot be used has the next usable one of the listing in its place, so that batches keep their size and
-    a sample depends on seed and position alone. workers: processes that decode; None chooses, 0 is this one.
+    a sample depends on seed and position alone. workers: processes that decode; None chooses, 0 is this one. sharers:
+    processes that keep images in this machine's memory, which is divided among them.
     Raises DataError if there are fewer usable images than `batch_size`, SkipLimitError if too many are not; a stream
     raises them when it comes upon them.
     """
@@ -84,7 +86,7 @@ def open_pixels(
     decode = default_decode(tree, size, seed=seed)[split]
     count = len(tree.splits[split])
     require_batch(count, count, batch_size)
-    if decode.crop == "none" and count * 3 * size * size <= _memory_limit():
+    if decode.crop == "none" and count * 3 * size * size <= _memory_limit(sharers):
         images, usable = read_pixels(tree, split, decode, np.arange(count), workers, skips, on_step)
         require_batch(int(usable.sum()), count, batch_size, skips)
         places = np.flatnonzero(usable)
@@ -150,11 +152,11 @@ def read_pixels(
     return images, usable
 
 
-def _memory_limit() -> int:
-    """Bytes that decoded images may take on this machine."""
+def _memory_limit(sharers: int) -> int:
+    """Bytes that decoded images may take in each of `sharers` processes on this machine."""
     if hasattr(os, "sysconf") and {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= os.sysconf_names.keys():
-        return min(_MAX_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
-    return _MAX_BYTES
+        return min(_MAX_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // sharers)
+    return _MAX_BYTES // sharers
 
 
 def _place(images: Tensor, device: torch.device) -> Tensor:

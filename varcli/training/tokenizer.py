@@ -113,6 +113,7 @@ def train_tokenizer(
             workers=config.workers,
             skips=skips,
             on_step=on_step,
+            sharers=world.local_size,
         )
         with source as pixels:
             held_out = torch.zeros(0, 3, side, side, dtype=torch.uint8, device=where)

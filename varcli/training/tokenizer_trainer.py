@@ -67,7 +67,8 @@ class TokenizerTrainer(Trainer):
         torch.manual_seed(config.seed)
         self.world, self.share_size = world, share_batch(config.batch_size, world)
         self.config, self.images, self.held_out, self.device = config, images, held_out, device
-        self.measured = held_out if len(held_out) else images.spread(_MEASURED_IMAGES)
+        # the first process alone measures
+        self.measured = held_out if len(held_out) or not world.is_first else images.spread(_MEASURED_IMAGES)
         self.batch_size = config.batch_size
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.objective = TokenizerObjective(config, device, resolve_precision(config.precision, device), world)
