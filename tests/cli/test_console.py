@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 import pytest
 
+import varcli
 from varcli.cli import console
 from varcli.progress import Step
+
+PACKAGE = Path(varcli.__file__).parent
 
 
 def test_printable_leaves_text_alone_and_shows_what_is_hidden():
@@ -96,3 +102,14 @@ def test_colour_obeys_no_color(terminal: pytest.CaptureFixture[str], monkeypatch
 )
 def test_durations_read_well(seconds: float, text: str):
     assert console.format_seconds(seconds) == text
+
+
+def test_next_commands_can_be_pasted_whatever_the_paths(capsys: pytest.CaptureFixture[str]):
+    console.next_command("train", Path("my codes"), "--depth", 6, "--tokenizer", "$HOME/it's")
+    words = ["varcli", "train", "my codes", "--depth", "6", "--tokenizer", "$HOME/it's"]
+    assert shlex.split(capsys.readouterr().err.removeprefix("next: ")) == words
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "cli").glob("*.py")), ids=lambda path: path.name)
+def test_no_command_writes_a_next_line_of_its_own(path: Path):
+    assert path.name == "console.py" or '"next: ' not in path.read_text(encoding="utf-8")

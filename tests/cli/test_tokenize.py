@@ -40,6 +40,18 @@ def test_a_faster_precision_prints_its_agreement(arguments, tmp_path):
     assert 0.9 < told["agreement"]["tokens"] <= 1 and len(told["agreement"]["by_scale"]) == 3
 
 
+def test_the_next_command_names_a_tokenizer_that_train_would_not_find(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain = [word for word in arguments if word != "--json"]
+    told = CliRunner().invoke(app, [*plain, "my codes", "--workers", "0"]).stderr.splitlines()[-1]
+    assert told == f"next: varcli train 'my codes' --depth 6 --tokenizer {tmp_path / 'tokenizer'}"
+    (tmp_path / "tokenizers").mkdir()
+    (tmp_path / "tokenizer").rename(tmp_path / "tokenizers" / "mine")
+    plain[plain.index("--tokenizer") + 1] = "mine"
+    told = CliRunner().invoke(app, [*plain, "my codes", "--workers", "0"]).stderr.splitlines()[-1]
+    assert told == "next: varcli train 'my codes' --depth 6"
+
+
 def test_unknown_words_are_refused(arguments, tmp_path):
     for option in (["--precision", "tf32"], ["--compile", "maybe"], ["--compile", "on"]):
         assert CliRunner().invoke(app, [*arguments, str(tmp_path / "codes"), *option]).exit_code == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -68,6 +69,16 @@ def note(text: str) -> None:
     """Print a remark to stderr: what was chosen, what was skipped, what to do next."""
     close_progress()
     print(printable(text), file=sys.stderr, flush=True)
+
+
+def command(*words: object) -> str:
+    """Write `varcli` and its words as one line to be typed: a path with spaces or signs of the shell is quoted."""
+    return shlex.join(["varcli", *map(str, words)])
+
+
+def next_command(*words: object) -> None:
+    """Print to stderr the command that usually comes next, e.g. `next: varcli train codes --depth 6`."""
+    note(f"next: {command(*words)}")
 
 
 def error(message: str, hint: str | None = None) -> None:

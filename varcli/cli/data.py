@@ -31,7 +31,7 @@ def data(
         tree = open_images(unpacked.folder)
         state = f"unpacked to {unpacked.folder}" if unpacked.num_written else f"is whole in {unpacked.folder}"
         _show(tree, json, f"{dataset} {state}: drawings by three artists, licences in NOTICE.md")
-        console.note(f"next: varcli tokenize {unpacked.folder} --out codes")
+        console.next_command("tokenize", unpacked.folder, "--out", "codes")
         return
     folder = Path(dataset)
     if not folder.exists() and len(folder.parts) == 1:

@@ -62,10 +62,11 @@ def _show(result: DemoResult) -> None:
     console.result(f"  {result.comparison}   left: trained; middle: emoji64; right: real images")
     for picture in result.pictures.values():
         console.result(f"  {picture}")
+    longer = console.command("demo", "--out", f"{result.folder}-longer", "--minutes", 10)
     console.result(
         "\nnext:\n"
         '  varcli sample --model emoji64 --class "Food & Drink" --n 64   more pictures of one class\n'
-        f"  varcli demo --out {result.folder}-longer --minutes 10              the same with more training\n"
+        f"  {longer:61} the same with more training\n"
         "  varcli tokenize YOUR_IMAGES --out codes                       images of your own, one folder a class"
     )
 

@@ -52,6 +52,6 @@ def import_(
         )
     console.report(value, json, "\n".join(lines))
     if transformer is not None and not json:
-        console.note(f"next: varcli sample --model {done.folder} --class 0")
+        console.next_command("sample", "--model", done.folder, "--class", 0)
     elif not json:
-        console.note(f"next: varcli tokenize IMAGES --out codes --tokenizer {done.folder}")
+        console.next_command("tokenize", "IMAGES", "--out", "codes", "--tokenizer", done.folder)

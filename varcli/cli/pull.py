@@ -47,4 +47,4 @@ def pull(
     console.report(value, json, text)
     if not json:
         name = done.name if done.folder == MODELS / done.name else done.folder
-        console.note(f"next: varcli sample --model {name} --class 207")
+        console.next_command("sample", "--model", name, "--class", 207)

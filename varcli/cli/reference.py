@@ -79,4 +79,4 @@ def build(
     )
     console.report(value, json, text)
     if not json:
-        console.note(f"next: varcli eval SAMPLES --ref {result.file}")
+        console.next_command("eval", "SAMPLES", "--ref", result.file)

@@ -145,7 +145,7 @@ def sample(
     }
     console.report(value, json, f"{result.num_images:,} images in {result.folder}; look at {result.grid}")
     if not json:
-        console.note(f"next: varcli eval {result.folder}")
+        console.next_command("eval", result.folder)
 
 
 def _is_worth_compiling(generator: Generator, count: int, num_processes: int) -> bool:

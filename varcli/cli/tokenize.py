@@ -99,4 +99,18 @@ def tokenize(
     if not json:
         # 16 is the smallest published depth; it is far too large for a small folder
         depth = 16 if result.num_images >= _MANY_IMAGES else 6
-        console.note(f"next: varcli train {out} --depth {depth}")
+        named = ("--tokenizer", tokenizer) if tokenizer is not None and not _is_at_hand(out) else ()
+        console.next_command("train", out, "--depth", depth, *named)
+
+
+def _is_at_hand(codes: Path) -> bool:
+    """Say whether `varcli train` finds the tokenizer of a codes cache by itself."""
+    from varcli.data.codes import CodesCache
+    from varcli.errors import ArtifactError
+    from varcli.tokenizer.find import find_tokenizer
+
+    try:
+        find_tokenizer(CodesCache.open(codes).tokenizer)
+    except ArtifactError:
+        return False
+    return True

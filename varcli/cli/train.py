@@ -157,7 +157,7 @@ def train(
         text += f", validation loss {result.best['loss']:.4g} at its best, after step {result.best['step']:,}"
     console.report(value, json, text)
     if not json:
-        console.note(f"next: varcli sample --model {folder}")
+        console.next_command("sample", "--model", folder)
 
 
 def describe_plan(plan: TrainPlan, folder: Path) -> str:

@@ -109,4 +109,4 @@ def train_tokenizer(
     )
     if curves:
         console.note(f"curves: {curves}")
-    console.note(f"next: varcli tokenize {images} --tokenizer {result.folder / 'tokenizer'} --out codes")
+    console.next_command("tokenize", images, "--tokenizer", result.folder / "tokenizer", "--out", "codes")

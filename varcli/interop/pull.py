@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def pull_model(name: str, out: Path | None = None, *, on_step: OnStep = ignore) 
             pass  # another's folder is refused now, not after everything was fetched
     by_hand = (
         f"run the same command again to go on, or fetch {release.tokenizer} and {release.transformer} from "
-        f"{release.source} by hand, then: varcli import {release.tokenizer} {release.transformer} --out {out}"
+        f"{release.source} by hand, then: varcli import {release.tokenizer} {release.transformer} --out {shlex.quote(str(out))}"
     )
     try:
         wanted = [_locate(release, downloads / file, pins[file], on_step) for file in release.files.values()]
