@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 
@@ -64,3 +65,24 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+def try_compiled(
+    work: Callable[[], object], uncompile: Callable[[], object], tell: Callable[[str], object], *, is_optional: bool
+) -> bool:
+    """Do `work`, of which torch.compile made a part; if it fails, do it once more after `uncompile`, and tell why.
+
+    is_optional: False where torch.compile was asked for, whose error is raised then. So is running out of memory.
+    Returns whether the compiled part works.
+    """
+    try:
+        work()
+    except RuntimeError as error:
+        if not is_optional or isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        uncompile()
+        tell(f"going without torch.compile: {reason}")
+        work()
+        return False
+    return True

@@ -63,6 +63,70 @@ def test_only_the_process_that_measures_decodes_images_to_measure_on():
         assert (len(trainer.measured), len(asked)) == (expected, 1 - rank)
 
 
+class Broken(torch.autograd.Function):
+    """Passes on what it gets, and fails on the way back."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        raise RuntimeError("no compiler for the way back\nmore")
+
+
+class Stands(torch.nn.Module):
+    """Stands for a compiled module: calls a function in its place."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def break_compiled(trainer: TokenizerTrainer, part: str) -> None:
+    """Make the trainer believe that torch.compile made its networks, one of which does not work."""
+    objective = trainer.objective
+
+    def fail(*_):
+        raise RuntimeError("no compiler here\nmore")
+
+    def fail_on_the_way_back(*inputs):
+        reconstructions, loss, codes = objective.tokenizer(*inputs)
+        return Broken.apply(reconstructions), loss, codes
+
+    works = {"tokenizer": fail, "backward": fail_on_the_way_back}.get(
+        part, lambda *inputs: objective.tokenizer(*inputs)
+    )
+    objective.run_tokenizer = Stands(works)
+    objective.run_perceptual = Stands(fail) if part == "perceptual" else objective.perceptual
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "perceptual", "backward"])
+def test_what_cannot_be_compiled_is_told_before_the_run_and_changes_no_number(part):
+    plain, trainer, told = build(perceptual_weight=0.1), build(perceptual_weight=0.1), []
+    plain.prepare(told.append)
+    break_compiled(trainer, part)
+    trainer.prepare(told.append)
+    assert len(told) == 1 and told[0].startswith("going without torch.compile: no compiler") and "more" not in told[0]
+    assert not trainer.objective.is_compiled
+    for step in range(2):
+        expected, found = plain.train_step(step), trainer.train_step(step)
+        assert torch.equal(found["loss"], expected["loss"]) and torch.equal(
+            found["perceptual_loss"], expected["perceptual_loss"]
+        )
+
+
+def test_a_compiler_that_was_asked_for_must_work(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    trainer = build(compile=True)
+    break_compiled(trainer, "tokenizer")
+    with pytest.raises(RuntimeError, match="no compiler here"):
+        trainer.prepare(lambda text: None)
+
+
 def test_the_averaged_weights_are_measured_drawn_and_published(tmp_path):
     trainer = build(ema_decay=0.9)
     for step in range(4):

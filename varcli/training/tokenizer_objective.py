@@ -55,6 +55,15 @@ class TokenizerObjective(nn.Module):
             if self.perceptual is not None:
                 self.run_perceptual = torch.compile(self.perceptual, mode="reduce-overhead")
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the tokenizer and the perceptual network run through torch.compile."""
+        return self.run_tokenizer is not self.tokenizer
+
+    def uncompile(self) -> None:
+        """Go back to plain torch."""
+        self.run_tokenizer, self.run_perceptual = self.tokenizer, self.perceptual
+
     def learn(self) -> None:
         """Put the tokenizer into training mode, but for its frozen parts, which must drop out nothing."""
         learn(self.tokenizer, self.frozen)
@@ -68,7 +77,9 @@ class TokenizerObjective(nn.Module):
         as a share of the content losses' (VQGAN, arXiv:2012.09841, Eq. 7, measured at the picture instead of the last
         layer, which needs no second pass). Returns (numbers for the log, reconstructions, codes).
         """
-        reconstructions, quantizer_loss, codes = self._run(images, num_kept_B)
+        torch.compiler.cudagraph_mark_step_begin()
+        with autocast(self.device, self.dtype):
+            reconstructions, quantizer_loss, codes = self.run_tokenizer(images, num_kept_B)
         leaf = reconstructions.detach().float().requires_grad_()
         pixel = pixel_loss(images, leaf)
         content, numbers = pixel, {"pixel_loss": pixel.detach(), "quantizer_loss": quantizer_loss.detach()}
@@ -93,19 +104,6 @@ class TokenizerObjective(nn.Module):
         tensors, gradients = zip(*(start for start in starts if start[0].requires_grad), strict=True)
         torch.autograd.backward(tensors, gradients)
         return numbers, leaf.detach(), codes
-
-    def _run(self, images: Tensor, num_kept_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the tokenizer, and without torch.compile from now on if it was not asked for and does not work here."""
-        try:
-            torch.compiler.cudagraph_mark_step_begin()
-            with autocast(self.device, self.dtype):
-                return self.run_tokenizer(images, num_kept_B)
-        except RuntimeError as error:
-            is_compiled = self.run_tokenizer is not self.tokenizer
-            if isinstance(error, torch.OutOfMemoryError) or self.config.compile or not is_compiled:
-                raise
-            self.run_tokenizer, self.run_perceptual = self.tokenizer, self.perceptual
-        return self._run(images, num_kept_B)
 
     def backward_discriminator(
         self, step: int, images: Tensor, reconstructions: Tensor, generator: torch.Generator

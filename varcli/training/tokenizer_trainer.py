@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from varcli.artifacts.write import atomic_folder
 from varcli.data.samples import make_grid
-from varcli.devices import resolve_precision
+from varcli.devices import resolve_precision, try_compiled
 from varcli.distributed import ALONE, World
 from varcli.tokenizer import VQVAE
 from varcli.tokenizer.health import count_codes, restart_dead_codes
@@ -24,7 +24,7 @@ from varcli.training.optim import Updater, build_adamw
 from varcli.training.parallel import average_numbers, share_batch
 from varcli.training.pixels import Pixels
 from varcli.training.schedules import Schedule
-from varcli.training.state import Parts
+from varcli.training.state import Parts, undisturbed
 from varcli.training.tokenizer_health import collapse_warnings
 from varcli.training.tokenizer_objective import TokenizerObjective, adversarial_share, augment, draw_kept_scales
 from varcli.training.tokenizer_parent import load_parent
@@ -35,6 +35,7 @@ _USAGE_DECAY = 0.99  # of the running counts that say which codes are dead
 _DEAD_SHARE = 0.02  # of a code's fair share of the picks, below which it is dead
 _STRIP_IMAGES = 16  # held-out images in the pictures of a run
 _INIT_IMAGES = 512  # whose features a codebook begins with
+_TRIES = 2  # steps that try out what was compiled: CUDA graphs are recorded in the second
 _MEASURED_IMAGES = 1024  # of the training images, that validation takes where none are held out
 
 
@@ -120,6 +121,30 @@ class TokenizerTrainer(Trainer):
         learned = [weight for module in self.parts.modules.values() for weight in module.parameters()]
         moments = [weight for weight in learned if weight.requires_grad for _ in range(2)]
         return sum(tensor.nbytes for tensor in (*tensors, *moments, *self.average.shadow.values()))
+
+    def prepare(self, tell: Callable[[str], object]) -> None:
+        """Try out what torch.compile made, without learning from it; what fails and was not asked for is left out and told.
+
+        Every process must call it: what one of them cannot compile, none of them runs compiled.
+        """
+        if not self.objective.is_compiled:
+            return
+        config, side = self.config, self.config.tokenizer.image_size
+        dice = torch.Generator(self.device).manual_seed(config.seed)
+        some = torch.zeros(self.share_size, 3, side, side, dtype=torch.uint8, device=self.device)
+        images = augment(some, config, dice, self.world)
+        kept = self.world.share(draw_kept_scales(config.batch_size, config, dice, self.device))
+
+        def try_out() -> None:
+            for _ in range(_TRIES):
+                self.updater.optimizer.zero_grad(set_to_none=True)
+                self.objective.backward_tokenizer(images, kept, 0.0, dice)
+
+        with undisturbed(self.device):
+            works = try_compiled(try_out, self.objective.uncompile, tell, is_optional=not config.compile)
+        self.updater.optimizer.zero_grad(set_to_none=True)
+        if any(self.world.largest(not works)):
+            self.objective.uncompile()
 
     def train_step(self, step: int) -> Mapping[str, Tensor | float]:
         """One step of the tokenizer and, once it learns, one of the discriminator; see `Trainer.train_step`."""

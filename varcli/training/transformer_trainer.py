@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from varcli.artifacts.write import atomic_folder
-from varcli.devices import resolve_precision
+from varcli.devices import resolve_precision, try_compiled
 from varcli.distributed import ALONE, World
 from varcli.distributed.context import exchange
 from varcli.distributed.parallelize import parallelize
@@ -297,16 +297,15 @@ class TransformerTrainer(Trainer):
             with exchange(and_more=True):
                 self.updater.backward(self.objective.loss(codes, labels, branches)[0])
 
+        def tell(text: str) -> None:
+            self.on_step(Step(start_step, self.config.steps, message=text))
+
         with undisturbed(self.device):
-            try:
-                try_out()
-            except RuntimeError as error:
-                if not self.is_compiled or self.config.compile or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                self.is_compiled = False
-                self.objective.uncompile()
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                self.on_step(Step(start_step, self.config.steps, message=f"going without torch.compile: {reason}"))
+            if self.is_compiled:
+                self.is_compiled = try_compiled(
+                    try_out, self.objective.uncompile, tell, is_optional=not self.config.compile
+                )
+            else:
                 try_out()
             seconds = time_once(try_out, self.device)
         self.updater.optimizer.zero_grad(set_to_none=True)
