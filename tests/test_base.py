@@ -58,7 +58,7 @@ def test_an_unknown_key_names_the_nearest():
     assert "steps" in caught.value.hint
 
 
-@pytest.mark.parametrize("values", [{"steps": "many"}, {"steps": True}, {"sides": 3}, {"clip": "x"}])
+@pytest.mark.parametrize("values", [{"steps": "many"}, {"steps": True}, {"sides": {}}, {"clip": "x"}])
 def test_a_value_of_the_wrong_type_is_refused(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
         configs.from_dict(Outer, values)
@@ -68,6 +68,19 @@ def test_assignments_read_as_toml_and_none():
     pairs = ["steps=5", "clip=none", "sides=[1,3]", "name=my run"]
     config = configs.replace(Outer(), configs.parse_assignments(pairs))
     assert config == Outer(steps=5, clip=None, sides=(1, 3), name="my run")
+
+
+@pytest.mark.parametrize(
+    ("text", "sides"), [("1,2,4", (1, 2, 4)), ("[1, 2, 4]", (1, 2, 4)), ("4", (4,)), ("1, 2", (1, 2))]
+)
+def test_numbers_may_be_separated_by_commas(text, sides):
+    assert configs.replace(Outer(), configs.parse_assignments([f"sides={text}"])).sides == sides
+
+
+@pytest.mark.parametrize("text", ["1,two", "1.5", "1,2.5", "true"])
+def test_what_a_list_of_numbers_takes_is_said_by_example(text):
+    with pytest.raises(ConfigError, match="`sides` takes whole numbers such as 1,2,4, but got"):
+        configs.replace(Outer(), configs.parse_assignments([f"sides={text}"]))
 
 
 def test_an_unknown_name_lists_the_closest():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import tomllib
@@ -14,6 +15,9 @@ from typing import Any, TypeVar
 from varcli.errors import ConfigError, unknown_name
 
 Config = TypeVar("Config")
+
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_LISTS = {int: "whole numbers such as 1,2,4", float: "numbers such as 0.5,0.9", str: "names such as a,b"}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -109,14 +113,8 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         if not isinstance(value, (hint, Mapping)):
             raise ConfigError(f"config key `{key}` takes a table of settings, but got {value!r}")
         return value if isinstance(value, hint) else from_dict(hint, value)
-    if origin is tuple and isinstance(value, str):
-        texts = [entry.strip() for entry in value.split(",") if entry.strip()]  # --set frozen=encoder,quantizer
-        value = texts if arguments[0] is str else [parse_assignments([f"{key}={text}"])[key] for text in texts]
-    elif origin is tuple and arguments[0] is float and isinstance(value, float):
-        value = [value]  # --set ema_decays=0.9999
-    if origin is tuple and isinstance(value, (list, tuple)):
-        inner = arguments[0]
-        return tuple(_convert(key, entry, inner) for entry in value)
+    if origin is tuple:
+        return _convert_tuple(key, value, arguments[0])
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise ConfigError(f"config key `{key}` takes a number, but got {value}")
@@ -131,5 +129,18 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         return value
     if hint is Any or origin is dict:
         return value
-    wanted = getattr(hint, "__name__", str(hint))
+    wanted = _WORDS.get(hint) or getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"config key `{key}` takes {wanted}, but got {value!r}")
+
+
+def _convert_tuple(key: str, value: Any, inner: Any) -> tuple[Any, ...]:
+    """Fit a list, or what `--set` makes of `frozen=encoder,decoder`, `patch_nums=1,2,4` and `ema_decays=0.9999`."""
+    entries = [value] if isinstance(value, (int, float)) else value
+    if isinstance(value, str):
+        texts = [text.strip() for text in value.split(",") if text.strip()]
+        entries = texts if inner is str else [parse_assignments([f"{key}={text}"])[key] for text in texts]
+    if isinstance(entries, (list, tuple)):
+        with contextlib.suppress(ConfigError):
+            return tuple(_convert(key, entry, inner) for entry in entries)
+    wanted = _LISTS.get(inner, "a list")
     raise ConfigError(f"config key `{key}` takes {wanted}, but got {value!r}")

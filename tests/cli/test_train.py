@@ -79,7 +79,7 @@ def test_run_again_it_goes_on_with_its_own_settings(place):
         (["--set", "lerning_rate=1"], 1, "learning_rate"),
         (["--config", "misspelt.toml"], 1, "weight_decay"),
         (["--set", "optimizer=moun"], 1, "muon"),
-        (["--set", "learning_rate=fast"], 1, "takes float"),
+        (["--set", "learning_rate=fast"], 1, "takes a number, but got 'fast'"),
         (["--steps", "0"], 1, "steps must be at least 1"),
         (["--precision", "fp8"], 1, "unknown precision"),
         (["--config", "none.toml"], 1, "cannot read config"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from varcli.errors import ConfigError
@@ -35,3 +37,18 @@ def test_what_does_not_fit_is_one_error_that_says_what_does(size, sides, text):
     with pytest.raises(ConfigError) as caught:
         TokenizerConfig().at_size(size, sides)
     assert text in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("multipliers", [(1, 1, 2), (2, 3), (1, 4)])
+@pytest.mark.parametrize("width", [8, 16, 24, 40])
+def test_a_width_that_groups_do_not_divide_is_told_with_widths_and_groups_that_work(width, multipliers):
+    with pytest.raises(ConfigError, match="norm_groups = 64") as caught:
+        TokenizerConfig(width=width, channel_multipliers=multipliers, norm_groups=64)
+    other, groups = map(int, re.search(r"such as (\d+), or norm_groups (\d+)", caught.value.hint).groups())
+    assert TokenizerConfig(width=other, channel_multipliers=multipliers, norm_groups=64).width >= width
+    assert TokenizerConfig(width=width, channel_multipliers=multipliers, norm_groups=groups).norm_groups > 1
+
+
+def test_a_codebook_has_at_least_two_codes():
+    with pytest.raises(ConfigError, match="vocab_size must be at least 2, but is 1"):
+        TokenizerConfig(vocab_size=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -60,17 +61,21 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         PatchNums(self.patch_nums)
-        if min(self.vocab_size, self.code_channels, self.width, self.num_res_blocks) < 1:
-            raise ConfigError("vocab_size, code_channels, width and num_res_blocks must be at least 1")
+        if self.vocab_size < 2:
+            raise ConfigError(f"vocab_size must be at least 2, but is {self.vocab_size}", "one code alone says nothing")
+        if min(self.code_channels, self.width, self.num_res_blocks) < 1:
+            raise ConfigError("code_channels, width and num_res_blocks must be at least 1")
         if self.norm_groups < 1 or not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise ConfigError("norm_groups and every channel multiplier must be at least 1")
         if not 0 <= self.dropout < 1 or not abs(self.phi_residual) <= 1 or not self.commitment_weight >= 0:
             raise ConfigError("dropout must be in [0, 1), phi_residual in [-1, 1] and commitment_weight 0 or more")
         if any((self.width * m) % self.norm_groups for m in self.channel_multipliers):
+            step = math.lcm(*(self.norm_groups // math.gcd(self.norm_groups, m) for m in self.channel_multipliers))
+            most = math.gcd(self.norm_groups, *(self.width * m for m in self.channel_multipliers))
             raise ConfigError(
                 f"every level needs a multiple of norm_groups = {self.norm_groups} channels, but width {self.width} "
                 f"times {self.channel_multipliers} does not give that",
-                "change width or norm_groups",
+                f"use a width that is a multiple of {step}, such as {-(-self.width // step) * step}, or norm_groups {most}",
             )
         if self.quant_conv_kernel < 1 or self.quant_conv_kernel % 2 == 0:
             raise ConfigError(f"quant_conv_kernel must be odd, but is {self.quant_conv_kernel}")
