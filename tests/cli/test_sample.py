@@ -82,6 +82,15 @@ def test_a_rerun_draws_only_what_is_missing_and_the_same_again(model, tmp_path):
     assert lost.read_bytes() == before
 
 
+def test_workers_write_what_is_written_without_them(model, tmp_path):
+    common = ["sample", "--model", model, "--classes", "all", "--per-class", 3, "--device", "cpu"]
+    for out, workers in (("none", 0), ("two", 2)):
+        done = run(*common, "--out", tmp_path / out, "--workers", workers)
+        assert done.exit_code == 0, done.output
+    files = [{path.name: path.read_bytes() for path in (tmp_path / out).glob("*.png")} for out in ("none", "two")]
+    assert len(files[0]) == 10 and files[0] == files[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -9,6 +9,7 @@ from PIL import Image
 
 from varcli.artifacts.manifest import MANIFEST_NAME
 from varcli.artifacts.verify import read_manifest, verify_folder
+from varcli.data.png import save_png
 from varcli.data.samples import (
     SamplesWriter,
     choose_for_grid,
@@ -16,7 +17,6 @@ from varcli.data.samples import (
     make_grid,
     read_images,
     sample_name,
-    save_png,
     write_npz,
 )
 from varcli.errors import ArtifactError, ConfigError, DataError, LockedError, ShapeError

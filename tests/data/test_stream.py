@@ -101,11 +101,9 @@ def test_unknown_splits_and_classes_are_named(tiny_images):
 
 
 def test_a_killed_worker_is_one_clear_error(tiny_images, monkeypatch):
-    from varcli.data import stream
-
     started = []
     popen = subprocess.Popen
-    monkeypatch.setattr(stream.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
     tree = open_images(tiny_images)
     endless = ((index % 15, index // 15) for index in iter(int, 1))
     batches = decode_pairs(tree, "train", DecodeConfig(size=8), endless, workers=2, batch_size=4)
@@ -122,13 +120,12 @@ def test_workers_end_with_their_parent_and_need_no_main_guard(tiny_images, tmp_p
     script = tmp_path / "unguarded.py"
     script.write_text(
         textwrap.dedent("""
-            import os, signal, sys
+            import os, signal, subprocess, sys
             from pathlib import Path
             from varcli.data.images import DecodeConfig, decode_images, open_images
-            import varcli.data.stream as stream
             pids = []
-            popen = stream.subprocess.Popen
-            stream.subprocess.Popen = lambda *a, **k: (p := popen(*a, **k), pids.append(p.pid))[0]
+            popen = subprocess.Popen
+            subprocess.Popen = lambda *a, **k: (p := popen(*a, **k), pids.append(p.pid))[0]
             for batch in decode_images(open_images(Path(sys.argv[1])), "train", DecodeConfig(size=8), workers=2, batch_size=2):
                 print(*pids, flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)

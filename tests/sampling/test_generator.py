@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from varcli.errors import ConfigError, MemoryLimitError
+from varcli.errors import ConfigError, MemoryLimitError, NumericError
 from varcli.sampling import Generator, SampleConfig
 from varcli.sampling.memory import choose_batch_size, choose_decode_chunk, image_bytes
 from varcli.sampling.walk import walk_steps
@@ -106,6 +106,58 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_pictures_stay(generator, mo
     assert generator.batch_size(SampleConfig()) == 2  # remembered
     with pytest.raises(MemoryLimitError, match="too little memory on cpu to draw 3 images at once"):
         generator.sample([0, 1, 2], batch_size=3)
+
+
+class OneBuffer:
+    """Draws as `Engine` does: into one buffer, which the next batch overwrites."""
+
+    def __init__(self, images: Tensor, bad_batch: int | None = None) -> None:
+        self.images, self.bad_batch, self.started = images, bad_batch, 0
+        self.buffer, self.is_bad = torch.zeros_like(images[:2]), torch.zeros((), dtype=torch.int32)
+
+    def start(self, classes, indices):
+        first = 2 * self.started
+        self.buffer[: len(classes)] = self.images[first : first + len(classes)]
+        self.is_bad.fill_(self.started == self.bad_batch)
+        self.started += 1
+        return self.buffer[: len(classes)], self.is_bad
+
+
+def test_a_batch_is_handed_over_while_the_next_is_drawn_into_the_same_buffer(generator, monkeypatch):
+    expected = generator.sample([0, 1, 2, 0, 1])
+    engine = OneBuffer(expected)
+    monkeypatch.setattr(generator, "_engine_for", lambda *rest, **named: engine)
+    started, found = [], []
+    for images in generator.batches([0, 1, 2, 0, 1], batch_size=2):
+        started.append(engine.started)
+        found.append(images)
+    assert started == [2, 3, 3]
+    assert torch.equal(torch.cat(found), expected)
+
+
+def test_a_bad_batch_is_told_of_after_those_before_it(generator, monkeypatch):
+    engine = OneBuffer(generator.sample([0, 1, 2, 0, 1]), bad_batch=1)
+    monkeypatch.setattr(generator, "_engine_for", lambda *rest, **named: engine)
+    batches = generator.batches([0, 1, 2, 0, 1], batch_size=2)
+    assert len(next(batches)) == 2
+    with pytest.raises(NumericError, match="not finite"):
+        next(batches)
+
+
+def test_a_batch_that_does_not_fit_after_others_is_drawn_in_smaller_ones_and_none_twice(generator, monkeypatch):
+    expected, generate, calls = generator.sample([0, 1, 2, 0, 1, 2]), generator.generate, []
+
+    def full(labels_B, *rest):
+        calls.append(len(labels_B))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(labels_B, *rest)
+
+    generator._batch_sizes[True, torch.float32] = 2
+    monkeypatch.setattr(generator, "generate", full)
+    found = list(generator.batches([0, 1, 2, 0, 1, 2]))
+    assert [len(images) for images in found] == [2, 1, 1, 1, 1] and calls == [2, 2, 1, 1, 1, 1]
+    assert torch.equal(torch.cat(found), expected)
 
 
 def test_memory_of_a_batch_is_what_its_tensors_add_up_to(monkeypatch):

@@ -21,8 +21,8 @@ from varcli.artifacts.write import write_tensors
 from varcli.bench.calibrate import Ceiling, measure_ceiling, median_seconds
 from varcli.bench.pictures import write_pictures
 from varcli.bench.result import describe_run
+from varcli.data.pool import default_workers
 from varcli.data.samples import write_npz
-from varcli.data.stream import default_workers
 from varcli.devices import resolve_device
 from varcli.errors import ConfigError, VarcliError
 from varcli.metrics.base import FeatureSet

@@ -66,6 +66,16 @@ def sample(
     npz: Annotated[bool, Option("--npz", help="Also write samples.npz, as evaluation suites read it.")] = False,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = None,
+    workers: Annotated[
+        int | None,
+        Option(
+            "--workers",
+            min=0,
+            max=256,
+            help="Processes that write PNG files while the next images are drawn; default: up to 8 beside a GPU.",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     compile_: Annotated[
@@ -79,7 +89,8 @@ def sample(
     they are used, and told, where none is given.
 
     With several GPUs: torchrun --nproc-per-node 8 -m varcli sample ...; they
-    share the images, which are those of one.
+    share the images, which are those of one: byte for byte on a CPU, on a GPU
+    up to what rounding changes.
     """
     from varcli import config as configs
     from varcli.distributed import join_world
@@ -132,6 +143,7 @@ def sample(
             batch_size=batch_size,
             columns=columns,
             npz=npz,
+            workers=workers,
             on_step=console.progress("sampling") if world.is_first else ignore,
             world=world,
         )

@@ -6,7 +6,6 @@ Folder: `<class index, 4 digits>-<index, 5 digits>.png`, `grid.png`, optionally 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -22,9 +21,10 @@ from PIL import Image
 from varcli.artifacts.lock import hold_folder
 from varcli.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, hash_file, write_manifest
 from varcli.artifacts.verify import read_json, read_manifest
-from varcli.artifacts.write import atomic_path, write_bytes, write_json
+from varcli.artifacts.write import atomic_path, write_json
 from varcli.data.decode import SUFFIXES, UnusableImage, load_image
 from varcli.data.paths import escape_path
+from varcli.data.png import save_png
 from varcli.errors import ArtifactError, ConfigError, DataError, ShapeError
 
 if TYPE_CHECKING:
@@ -94,22 +94,10 @@ def choose_for_grid(
     return [pair for row in rows for pair in row[:width]], width
 
 
-def save_png(path: Path, image: Image.Image | Tensor | np.ndarray, durable: bool = True) -> None:
-    """Write one image as PNG, atomically. image: a PIL image or uint8 (3, H, W). durable: as in `atomic_path`."""
-    if not isinstance(image, Image.Image):
-        pixels = np.asarray(image)
-        if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != np.uint8:
-            raise ShapeError(f"an image to save must be uint8 (3, H, W), but is {pixels.dtype} {pixels.shape}")
-        image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue(), durable)
-
-
 def write_sample(out: Path, class_index: int, index: int, image: Tensor | np.ndarray) -> Path:
     """Write the `index`-th image of a class, uint8 (3, H, W), into a folder that a `SamplesWriter` holds."""
     path = Path(out) / sample_name(class_index, index)
-    save_png(path, image, durable=False)
+    save_png(path, image, durable=False, is_sample=True)
     return path
 
 

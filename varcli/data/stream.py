@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import os
-import queue
-import signal
-import subprocess
-import sys
-import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from varcli.config import to_dict
-from varcli.data.paths import escape_path
+from varcli.data.pool import TASKS_PER_WORKER, Answer, Task, WorkerPool, default_workers
 from varcli.data.views import DecodeConfig
-from varcli.data.worker import receive, run_task, send
+from varcli.data.worker import run_task
 from varcli.errors import DataError, unknown_name
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,9 +24,7 @@ if TYPE_CHECKING:
     from varcli.data.images import ImageTree
 
 _ROWS_PER_TASK = 32  # 6 MB of 256 px images: large beside the cost of a message, small beside the memory
-_TASKS_PER_WORKER = 2  # in flight, so that none waits for the parent
-_PIPE_BYTES = 2**20
-_MAX_WORKERS = 16  # chosen by default; decoding for one GPU needs no more
+_ADVICE = "if the machine ran out of memory, use fewer --workers; if it happens again, remove these images"
 
 Result = tuple[dict[str, Any], np.ndarray]
 
@@ -60,16 +46,6 @@ class DecodedBatch:
     def converted(self) -> Counter[str]:
         """Images by what was converted, e.g. {"grey": 3}."""
         return Counter(note for _, notes in self.notes for note in notes)
-
-
-def default_workers() -> int:
-    """Return the number of processes used where none is given: one a core this process may use, at most 16.
-
-    The processes that torchrun started on one machine share its cores.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    beside = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, min(cores // max(1, int(beside) if beside.isdecimal() else 1), _MAX_WORKERS))
 
 
 def decode_images(
@@ -146,15 +122,12 @@ def _decode(
         yield _join(batch, chosen, config, pin)
 
 
-@dataclass(frozen=True)
-class _Task:
-    """Some images to decode; `is_last` says that a batch ends with them."""
+@dataclass(frozen=True, kw_only=True)
+class _Task(Task):
+    """Some images to decode."""
 
-    indices: list[int]
-    paths: list[str]
-    is_last: bool
-    header: dict[str, Any]
-    raw: bytes
+    indices: list[int]  # positions in the split
+    is_last: bool  # a batch ends with them
 
     @classmethod
     def build(
@@ -172,13 +145,15 @@ class _Task:
             images.append((split.paths[index], [int(view) for _, view in group], bool(flips[split.labels[index]])))
         pixels = None if split.pixels is None else split.pixels[indices]
         header = {
+            "do": "decode",
             "config": to_dict(config),
             "root": str(root),
             "shape": None if pixels is None else pixels.shape,
             "images": images,
         }
         paths = [path for path, _, _ in images]
-        return cls(indices, paths, is_last, header, b"" if pixels is None else pixels.tobytes())
+        raw = b"" if pixels is None else pixels.tobytes()
+        return cls(header=header, raw=raw, paths=paths, advice=_ADVICE, indices=indices, is_last=is_last)
 
 
 def _split(tree: ImageTree, name: str) -> Any:
@@ -244,109 +219,21 @@ def _join(batch: list[tuple[_Task, Result]], split: Any, config: DecodeConfig, p
 
 
 def _run(tasks: Iterator[_Task], num_workers: int) -> Iterator[tuple[_Task, Result]]:
-    """Run tasks and yield results in order; a thread a worker waits for it, so this one is free."""
+    """Run tasks and yield results in order."""
     if num_workers <= 0:
-        yield from ((task, run_task(task.header, task.raw)) for task in tasks)
+        yield from ((task, run_task(task.header, bytes(task.raw))) for task in tasks)
         return
-    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-    pending: deque[tuple[_Task, Future[Result]]] = deque()
-
-    def call(task: _Task) -> Result:
-        worker = idle.get()
-        try:
-            return worker.call(task)
-        finally:
-            idle.put(worker)
-
-    with ThreadPoolExecutor(num_workers) as threads, _workers(num_workers) as started:
-        for worker in started:
-            idle.put(worker)
-        try:
-            for task in tasks:
-                pending.append((task, threads.submit(call, task)))
-                if len(pending) >= num_workers * _TASKS_PER_WORKER:
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            while pending:
-                first, future = pending.popleft()
-                yield first, future.result()
-        finally:
-            for _, future in pending:
-                future.cancel()
+    pending: deque[tuple[_Task, Future[Answer]]] = deque()
+    with WorkerPool(num_workers) as pool:
+        for task in tasks:
+            pending.append((task, pool.submit(task)))
+            if len(pending) >= num_workers * TASKS_PER_WORKER:
+                yield _finish(*pending.popleft())
+        while pending:
+            yield _finish(*pending.popleft())
 
 
-class _Worker:
-    """One process, and the pipes to it."""
-
-    def __init__(self) -> None:
-        package_root = str(Path(__file__).resolve().parents[2])
-        paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop()
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "varcli.data.worker"],  # -P: a PIL.py in the current folder is not imported
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.stderr,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            start_new_session=True,  # Ctrl-C is the parent's to handle; the worker ends with its stdin
-        )
-        _widen(_pipe(self.process.stdout))
-
-    def call(self, task: _Task) -> Result:
-        """Have one task done. Raises DataError if the process is gone."""
-        answer = None
-        with suppress(OSError, ValueError):  # a broken or closed pipe
-            send(_pipe(self.process.stdin), task.header, task.raw)
-            answer = receive(_pipe(self.process.stdout))
-        if answer is None:
-            raise self._death(task)
-        header, raw = answer
-        if "error" in header:
-            raise RuntimeError(f"an image worker failed:\n{header['error']}")
-        size = task.header["config"]["size"]
-        return header, np.frombuffer(raw, np.uint8).reshape(-1, 3, size, size)
-
-    def _death(self, task: _Task) -> DataError:
-        code = self.process.wait()
-        self.stderr.seek(0)
-        last_line = self.stderr.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
-        how = f"exit code {code}: {last_line}"
-        hint = None
-        if code < 0:
-            how = signal.Signals(-code).name
-            hint = "if the machine ran out of memory, use fewer --workers; if it happens again, remove these images"
-        first, last = escape_path(task.paths[0]), escape_path(task.paths[-1])
-        return DataError(f"an image worker died ({how}) between `{first}` and `{last}`", hint)
-
-    def stop(self) -> None:
-        """End the process, whatever it does."""
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with suppress(OSError):
-                _pipe(pipe).close()
-        self.stderr.close()
-
-
-@contextmanager
-def _workers(count: int) -> Iterator[list[_Worker]]:
-    """Start processes; on the way out they are killed, which also frees the threads that wait for them."""
-    started: list[_Worker] = []
-    try:
-        for _ in range(count):
-            started.append(_Worker())
-        yield started
-    finally:
-        for worker in started:
-            worker.stop()
-
-
-def _widen(pipe: BinaryIO) -> None:
-    """Let a pipe hold more than the usual 64 KB, where the system can: each read of it takes Python's lock once."""
-    if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
-        with suppress(OSError):  # more than this user may have
-            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-
-
-def _pipe(pipe: Any) -> BinaryIO:
-    return pipe
+def _finish(task: _Task, future: Future[Answer]) -> tuple[_Task, Result]:
+    header, raw = future.result()
+    size = task.header["config"]["size"]
+    return task, (header, np.frombuffer(raw, np.uint8).reshape(-1, 3, size, size))

@@ -1,4 +1,4 @@
-"""The process that decodes images for `varcli.data.stream`: tasks come on stdin, pixels leave on stdout.
+"""The process that decodes or saves images for `varcli.data.pool`: tasks come on stdin, answers leave on stdout.
 
 Started as `python -m varcli.data.worker` rather than through multiprocessing: it then neither inherits the parent's
 threads and CUDA state nor imports the parent's main module, and nothing is pickled. Imports numpy and Pillow, not
@@ -20,12 +20,19 @@ from PIL import Image
 
 from varcli.config import from_dict
 from varcli.data.decode import UnusableImage, load_image
+from varcli.data.png import save_png
 from varcli.data.views import DecodeConfig, cut_views
+from varcli.errors import VarcliError
 
 _LENGTHS = struct.Struct("<IQ")
 
 
 def run_task(task: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], np.ndarray]:
+    """Do what the task's "do" names, an entry of TASKS, and return its answer: a header and uint8 pixels."""
+    return TASKS[task["do"]](task, raw)
+
+
+def decode(task: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], np.ndarray]:
     """Decode the images of one task.
 
     task: "config" (DecodeConfig as a dict), "root", "shape" of the grey images in `raw` or None for files, and
@@ -70,6 +77,21 @@ def _load(path: Path, config: DecodeConfig) -> tuple[Image.Image, list[str], tup
     return image, notes, sizes[0] if sizes else image.size
 
 
+def save(task: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], np.ndarray]:
+    """Write the images of one task as PNG files.
+
+    task: "folder", "names", and the "shape" (n, 3, H, W) of the pixels in `raw`. Raises ArtifactError if one cannot be
+    written.
+    """
+    pixels = np.frombuffer(raw, np.uint8).reshape(task["shape"])
+    for name, image in zip(task["names"], pixels, strict=True):
+        save_png(Path(task["folder"], name), image, durable=False, is_sample=True)
+    return {}, np.empty(0, np.uint8)
+
+
+TASKS = {"decode": decode, "save": save}
+
+
 def send(stream: BinaryIO, header: dict[str, Any], raw: bytes | memoryview) -> None:
     """Write one message."""
     text = json.dumps(header).encode()
@@ -100,6 +122,8 @@ def main() -> None:
     while (message := receive(tasks)) is not None:
         try:
             header, images = run_task(message[0], bytes(message[1]))
+        except VarcliError as error:
+            header, images = {"refused": str(error), "hint": error.hint}, np.empty(0, np.uint8)
         except Exception:  # noqa: BLE001 - a bug: the parent raises it with this text
             header, images = {"error": traceback.format_exc()}, np.empty(0, np.uint8)
         try:

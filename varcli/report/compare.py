@@ -9,8 +9,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from varcli.data.png import save_png
 from varcli.data.runs import RunRecord, is_number, numbers_of
-from varcli.data.samples import save_png
 from varcli.errors import ArtifactError, ConfigError, unknown_name
 from varcli.report.plots import COLOURS, DASHES, MARKERS, Chart, Curve, Points, draw_charts, is_wide
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
+from varcli.data.png import save_png
 from varcli.data.runs import LOG_NAME, numbers_of, read_log
-from varcli.data.samples import save_png
 from varcli.errors import ArtifactError
 from varcli.report.plots import COLOURS, Chart, Curve, draw_charts, is_wide
 

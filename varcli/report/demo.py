@@ -21,7 +21,8 @@ from varcli.artifacts.verify import read_json
 from varcli.data.codes import CodesCache
 from varcli.data.emoji import unpack_emoji64
 from varcli.data.images import open_images
-from varcli.data.samples import make_grid, read_images, sample_name, save_png
+from varcli.data.png import save_png
+from varcli.data.samples import make_grid, read_images, sample_name
 from varcli.devices import resolve_device
 from varcli.errors import ConfigError
 from varcli.metrics.compute import larger_is_better

@@ -48,19 +48,21 @@ class Engine:
         self.noise = KeyedNoise(config.seed, [0] * batch_size, [0] * batch_size, generator.device)
         self.graph, (self.images_B3HW, self.is_bad) = capture(self._run, generator.device)
 
-    def draw(self, classes: Sequence[int], indices: Sequence[int]) -> Tensor:
-        """Return the images, uint8 (n, 3, H, W) on the device, of at most batch_size class numbers and indices.
+    def start(self, classes: Sequence[int], indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Begin to draw at most batch_size class numbers and indices, without waiting for the device.
 
-        The next call overwrites them. Raises NumericError as `Generator.generate` does.
+        Returns the images, uint8 (n, 3, H, W) on the device, which the next call overwrites after all that was asked of the
+        device before it, and what `Generator.require_finite` reads.
         """
         count, missing = len(classes), len(self.labels_B) - len(classes)
         classes = [*classes, *[classes[-1]] * missing]  # a short batch draws its last image more than once
         indices = [*indices, *[indices[-1]] * missing]
-        self.labels_B.copy_(torch.tensor(classes))
-        self.noise.keys_B.copy_(image_keys(self.config.seed, classes, indices))
+        keys_B = image_keys(self.config.seed, classes, indices)
+        # from pinned memory, else the copy waits for the batch before
+        self.labels_B.copy_(torch.tensor(classes).pin_memory(), non_blocking=True)
+        self.noise.keys_B.copy_(keys_B.pin_memory(), non_blocking=True)
         self.graph.replay()
-        self.generator.require_finite(self.is_bad, self.config)
-        return self.images_B3HW[:count]
+        return self.images_B3HW[:count], self.is_bad
 
     @torch.no_grad()
     def _run(self) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from varcli.sampling.memory import choose_batch_size, choose_decode_chunk
 from varcli.sampling.models import find_model
 from varcli.sampling.noise import KeyedNoise, Noise
 from varcli.sampling.settings import SampleConfig
+from varcli.sampling.transfer import Transfer
 from varcli.sampling.walk import walk_steps
 from varcli.tokenizer import VQVAE
 from varcli.tokenizer.store import load_tokenizer
@@ -110,11 +111,29 @@ class Generator:
         Raises DataError for an unknown class, ConfigError for an empty list.
         """
         config = configs.replace(config or SampleConfig(), settings)
+        return torch.cat(list(self.batches(classes, indices, config, batch_size)))
+
+    def batches(
+        self,
+        classes: Sequence[int | str],
+        indices: Sequence[int] | None = None,
+        config: SampleConfig | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Draw as `sample` does, and yield the images batch by batch in the order given: uint8 (n, 3, H, W) on the CPU.
+
+        Where batches are graphs, one is handed over while the device draws the next. Raises as `sample` does, when the first
+        batch is asked for; NumericError from the batch that it is about.
+        """
+        config = config or SampleConfig()
         numbers, indices = self._number(classes, indices)
-        while True:
+        done = 0
+        while done < len(numbers):
             size = min(batch_size or self.batch_size(config), len(numbers))
             try:
-                return self._sample_by(size, numbers, indices, config)
+                for images in self._batches_of(size, numbers[done:], indices[done:], config):
+                    yield images
+                    done += len(images)
             except torch.OutOfMemoryError:
                 self._engine, self._engine_key = None, None
                 if batch_size is not None or size == 1:
@@ -125,19 +144,28 @@ class Generator:
                 self._batch_sizes[bool(config.cfg), self.dtype(config)] = size // 2
                 torch.cuda.empty_cache()
 
-    def _sample_by(self, size: int, numbers: list[int], indices: list[int], config: SampleConfig) -> Tensor:
+    def _batches_of(self, size: int, numbers: list[int], indices: list[int], config: SampleConfig) -> Iterator[Tensor]:
         """Draw in batches of `size` images."""
         engine = self._engine_for(config, size, num_batches=-(-len(numbers) // size))
-        parts = []
+        under_way: Transfer | None = None
         for start in range(0, len(numbers), size):
             batch, places = numbers[start : start + size], indices[start : start + size]
-            if engine is not None:
-                parts.append(engine.draw(batch, places).cpu())
+            if engine is None:
+                noise = KeyedNoise(config.seed, batch, places, self.device)
+                f_hat = self.generate(torch.tensor(batch, device=self.device), noise, config)
+                yield self.decode(f_hat, config).cpu()
                 continue
-            noise = KeyedNoise(config.seed, batch, places, self.device)
-            f_hat = self.generate(torch.tensor(batch, device=self.device), noise, config)
-            parts.append(self.decode(f_hat, config).cpu())
-        return torch.cat(parts)
+            following = Transfer(*engine.start(batch, places))
+            if under_way is not None:
+                yield self._land(under_way, config)
+            under_way = following
+        if under_way is not None:
+            yield self._land(under_way, config)
+
+    def _land(self, under_way: Transfer, config: SampleConfig) -> Tensor:
+        images, is_bad = under_way.wait()
+        self.require_finite(is_bad, config)
+        return images
 
     def _engine_for(self, config: SampleConfig, size: int, num_batches: int) -> Engine | None:
         """Return what draws batches of `size` fastest: None where nothing is gained, as for a single batch."""

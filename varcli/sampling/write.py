@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from varcli import config as configs
-from varcli.data.samples import GRID_NAME, SamplesWriter, sample_class, write_sample
+from varcli.data.pool import default_workers
+from varcli.data.samples import GRID_NAME, SamplesWriter, sample_class, sample_name
+from varcli.data.saver import ImageSaver
 from varcli.distributed import ALONE, World
 from varcli.progress import OnStep, Step, ignore
 from varcli.sampling.generator import Generator
 from varcli.sampling.settings import SampleConfig
+
+_WORKERS_FROM = 64  # images; below it, starting processes takes longer than encoding
+_MAX_WORKERS = 8  # a 256 px image takes one of them 7 ms: together they encode 1,100 a second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,7 @@ def sample_to_folder(
     batch_size: int | None = None,
     columns: int | None = None,
     npz: bool = False,
+    workers: int | None = None,
     on_step: OnStep = ignore,
     world: World = ALONE,
 ) -> SampleResult:
@@ -44,9 +51,11 @@ def sample_to_folder(
 
     wanted: (class index, index within the class) of each image. model: how the model is called, for the manifest, which
     also names the images the model learned from: `varcli eval` measures against them. npz: also write the array that
-    evaluation suites read. world: processes that share the images and all call this, each with a generator on a device of
-    its own; the images are those of one process.
-    Raises ConfigError if `out` holds samples made with other settings, ArtifactError if it cannot be written.
+    evaluation suites read. workers: processes that encode and write PNGs while the next batch is drawn; 0 does it here, None
+    chooses. world: processes that share the images and all call this, each with a generator on a device of its own; the
+    images are those of one process, on a CPU byte for byte.
+    Raises ConfigError if `out` holds samples made with other settings, ArtifactError if it cannot be written, DataError if
+    a worker is killed; what was finished is kept.
     """
     config = config or SampleConfig()
     precision = str(generator.dtype(config)).removeprefix("torch.")
@@ -57,18 +66,18 @@ def sample_to_folder(
         "guidance": "(1 + t) * cond - t * uncond",
         **({"reference": generator.source} if generator.source else {}),
     }
-    size = batch_size or generator.batch_size(config)
     with ExitStack() as stack:
         writer = stack.enter_context(SamplesWriter(out, settings)) if world.is_first else None
         missing = _tell_missing(writer, wanted, world)
         own = world.share(missing)
-        for start in range(0, len(own), size):
-            batch = own[start : start + size]
-            classes, indices = zip(*batch, strict=True)
-            images = generator.sample(classes, indices, config, batch_size=batch_size)
-            for (class_index, index), image in zip(batch, images, strict=True):
-                write_sample(out, class_index, index, image)
-            on_step(Step(min(world.size * (start + len(batch)), len(missing)), len(missing), unit="images"))
+        if workers is None:
+            workers = _choose_workers(generator, len(own))
+        with ImageSaver(out, workers) as saver:
+            done = 0
+            for images in _batches(generator, own, config, batch_size):
+                saver.save([sample_name(*pair) for pair in own[done : done + len(images)]], images)
+                done += len(images)
+                on_step(Step(min(world.size * done, len(missing)), len(missing), unit="images"))
         world.wait()
         num_images = len(wanted)
         if writer is not None:
@@ -76,6 +85,19 @@ def sample_to_folder(
             manifest = writer.finish(wanted, info, columns=columns, npz=npz)
             num_images = sum(sample_class(name) is not None for name in manifest.files)
     return SampleResult(folder=Path(out), grid=Path(out) / GRID_NAME, num_images=num_images, num_drawn=len(missing))
+
+
+def _batches(
+    generator: Generator, pairs: Sequence[tuple[int, int]], config: SampleConfig, batch_size: int | None
+) -> Iterator[Tensor]:
+    if pairs:
+        classes, indices = zip(*pairs, strict=True)
+        yield from generator.batches(classes, indices, config, batch_size)
+
+
+def _choose_workers(generator: Generator, count: int) -> int:
+    """Return how many processes encode: none where a CPU draws, which takes far longer, or for a few images."""
+    return 0 if generator.device.type == "cpu" or count < _WORKERS_FROM else min(default_workers(), _MAX_WORKERS)
 
 
 def _tell_missing(

@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 import torch
 
 from varcli.artifacts.write import prepare_folder
-from varcli.data.samples import save_png
+from varcli.data.png import save_png
 from varcli.errors import ConfigError, InterruptedRun, MemoryLimitError, NumericError, VarcliError
 from varcli.progress import OnStep, Step, ignore
 from varcli.training.checkpoint import amend_checkpoint, checkpoint_name, load_checkpoint, save_checkpoint
