@@ -20,6 +20,7 @@ from varcli.tokenizer.find import find_tokenizer
 from varcli.tokenizer.find import tokenizer_folder as resolve_tokenizer
 from varcli.tokenizer.store import load_tokenizer, save_tokenizer
 from varcli.training import TrainConfig, train_transformer
+from varcli.training.objective import Objective
 from varcli.training.runlog import read_log
 from varcli.training.source import CodesSource
 from varcli.training.transformer_trainer import TransformerTrainer
@@ -212,3 +213,40 @@ def test_half_precision_trains_and_resumes(tmp_path, codes, tokenizer_folder, pr
     train(codes, tmp_path / "plain", tokenizer_folder, replace(config, precision="fp32"))
     first, plain = read_log(tmp_path / "whole", "train")[-1], read_log(tmp_path / "plain", "train")[-1]
     assert first["loss"] == pytest.approx(plain["loss"], rel=0.02)
+
+
+def fill_memory_above(size: int):
+    """A replacement of Objective.loss for a device that holds so many images."""
+    plain = Objective.loss
+
+    def loss(self, codes_BL, labels_B, branches=None):
+        if len(codes_BL) > size:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(self, codes_BL, labels_B, branches)
+
+    return loss
+
+
+def test_a_micro_batch_that_does_not_fit_is_made_smaller_before_the_start(
+    tmp_path, codes, tokenizer_folder, monkeypatch
+):
+    config, plans, reports = replace(TINY, micro_batch_size=None, steps=2, dropout=0.0), [], []
+    train(codes, tmp_path / "whole", tokenizer_folder, config)
+    monkeypatch.setattr(Objective, "loss", fill_memory_above(3))
+    options = {"on_plan": plans.append, "on_step": reports.append}
+    train(codes, tmp_path / "cut", tokenizer_folder, config, **options)
+    assert plans[0].micro_batch_size == 2
+    messages = [report.message for report in reports if report.message and "do not fit" in report.message]
+    assert messages == [
+        "8 images at a time do not fit the memory: going on with 4",
+        "4 images at a time do not fit the memory: going on with 2",
+    ]
+    whole, cut = (read_log(tmp_path / name, "train")[-1]["loss"] for name in ("whole", "cut"))
+    assert cut == pytest.approx(whole, rel=1e-5)
+    with pytest.raises(MemoryLimitError) as caught:  # what was asked for is left alone
+        train(codes, tmp_path / "asked", tokenizer_folder, replace(config, micro_batch_size=4))
+    assert "micro_batch_size=2" in caught.value.hint
+    monkeypatch.setattr(Objective, "loss", fill_memory_above(0))
+    with pytest.raises(MemoryLimitError):
+        train(codes, tmp_path / "none", tokenizer_folder, config)
+    assert not (tmp_path / "none" / "config.json").exists()

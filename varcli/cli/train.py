@@ -26,7 +26,8 @@ def train(
     depth: Annotated[
         int | None,
         Option(
-            "--depth", help="Blocks; sets width, heads and recipe. 16, 20, 24, 30, 36 are the paper's. Default: 16."
+            "--depth",
+            help="Blocks; sets width, heads and recipe. 16, 20, 24, 30, 36 are the paper's. Default: 16 or --init-from's.",
         ),
     ] = None,
     name: Annotated[

@@ -27,6 +27,7 @@ _KEPT_BYTES = {
 }
 _LOGIT_BYTES = {"torch": 12, "triton": 0}  # per token and code: log-softmax, its gradient, and the logits'
 _USABLE = 0.85  # of the free memory; the rest is fragmentation and workspaces
+_TIGHT = 0.95  # of what this process may have, for a peak that was tried out and not estimated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +88,22 @@ def update_bytes(num_parameters: int, num_averages: int) -> int:
 def fit_micro_batch(batch_size: int, image_bytes: int, fixed_bytes: int, device: torch.device) -> int:
     """Return the largest equal share of a batch whose activations fit the device's memory, at least one image."""
     room = _USABLE * free_bytes(device) - fixed_bytes
-    most = max(1, int(room / image_bytes))
+    return share_evenly(batch_size, max(1, int(room / image_bytes)))
+
+
+def share_evenly(batch_size: int, most: int) -> int:
+    """Return the size of the largest equal pieces of a batch with at most `most` images each."""
     pieces = next((count for count in range(-(-batch_size // most), batch_size) if batch_size % count == 0), batch_size)
     even = batch_size // pieces
     # a batch with no fitting divisor, such as a prime, is cut unevenly instead of image by image
     return even if 2 * even >= min(most, batch_size) else min(most, batch_size)
+
+
+def is_tight(memory_bytes: int, device: torch.device) -> bool:
+    """Say whether a predicted peak leaves too little of a GPU: steps need some room that a first try does not show."""
+    if device.type != "cuda":
+        return False
+    return memory_bytes > _TIGHT * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
 
 
 def memory_hint(micro_batch_size: int, precision: str, can_shard: bool = False) -> str:

@@ -13,14 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from varcli.artifacts.write import atomic_folder
-from varcli.devices import resolve_precision, try_compiled
+from varcli.devices import resolve_precision
 from varcli.distributed import ALONE, World
 from varcli.distributed.context import exchange
 from varcli.distributed.parallelize import parallelize
 from varcli.errors import ConfigError
 from varcli.kernels import resolve_kernels
 from varcli.order import ScaleOrder
-from varcli.progress import OnStep, Step, ignore
+from varcli.progress import OnStep, ignore
 from varcli.tokenizer import VQVAE
 from varcli.training.ema import Averages, Ema
 from varcli.training.evaluated import EvaluatedModel
@@ -35,22 +35,18 @@ from varcli.training.plan import (
     choose_mode,
     fit_micro_batch,
     memory_hint,
-    process_bytes,
     state_bytes,
-    time_once,
-    update_bytes,
 )
-from varcli.training.recipes import choose_recipe
+from varcli.training.prepare import prepare
 from varcli.training.settings import TrainConfig
 from varcli.training.source import CodesSource
-from varcli.training.state import Parts, undisturbed
+from varcli.training.state import Parts
 from varcli.training.trainer import Trainer
 from varcli.training.transformer_parent import TransformerParent, begin
 from varcli.transformer import Transformer, drop_branches, drop_labels
 from varcli.transformer.store import KIND, save_transformer
 
 _COMPILE_FROM = 500  # optimizer steps that make up for the minute of compiling
-_CALIBRATION_IMAGES = 8  # timed on a CPU, where a whole micro-batch may take long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +114,7 @@ class TransformerTrainer(Trainer):
         self.model.kernels = resolve_kernels(config.kernels, device)
         self.dtype = resolve_precision(config.precision, device)
         self.is_compiled = self._wants_compile()
-        needed = self._state_bytes() + self._image_bytes()
+        needed = self._state_bytes() + self.image_bytes()
         self.mode = choose_mode(config.parallel, config.optimizer, needed, device, world)
         self.parallel = parallelize(self.model, self.model.blocks, world, self.mode, device, self.dtype)
         self.averages = Averages(self.model, config.all_ema_decays, config.best_average)
@@ -144,8 +140,12 @@ class TransformerTrainer(Trainer):
         self.micro_batch_size = self._choose_micro_batch()
         if self.is_compiled:
             self.objective.compile(with_graphs=self._wants_graphs())
-        can_shard = world.size > 1 and not self.parallel.is_sharded and config.optimizer == "adamw"
-        self.memory_hint = memory_hint(self.micro_batch_size, config.precision, can_shard)
+
+    @property
+    def memory_hint(self) -> str:
+        """What to change when memory runs out."""
+        can_shard = self.world.size > 1 and not self.parallel.is_sharded and self.config.optimizer == "adamw"
+        return memory_hint(self.micro_batch_size, self.config.precision, can_shard)
 
     @property
     def average(self) -> Ema | None:
@@ -281,79 +281,15 @@ class TransformerTrainer(Trainer):
     # -- before the start ----------------------------------------------------------------------------------------
 
     def prepare(self, start_step: int) -> TrainPlan:
-        """Compile, time one micro-batch without learning from it, and say what the run will take.
-
-        start_step: optimizer steps done already. If torch.compile fails and was not asked for, it is left out.
-        """
-        on_cuda = self.device.type == "cuda"
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        images = self.micro_batch_size if on_cuda else min(self.micro_batch_size, _CALIBRATION_IMAGES)
-        codes, labels = (tensor[:images] for tensor in self.source.batch(start_step))
-
-        def try_out() -> None:
-            branches = drop_branches(self.model_config, images, None, self.device)
-            self.updater.optimizer.zero_grad(set_to_none=True)
-            with exchange(and_more=True):
-                self.updater.backward(self.objective.loss(codes, labels, branches)[0])
-
-        def tell(text: str) -> None:
-            self.on_step(Step(start_step, self.config.steps, message=text))
-
-        with undisturbed(self.device):
-            if self.is_compiled:
-                self.is_compiled = try_compiled(
-                    try_out, self.objective.uncompile, tell, is_optional=not self.config.compile
-                )
-            else:
-                try_out()
-            seconds = time_once(try_out, self.device)
-        self.updater.optimizer.zero_grad(set_to_none=True)
-        memory_bytes = torch.cuda.max_memory_allocated(self.device) if on_cuda else process_bytes()
-        held = self.model.num_parameters // self.parallel.num_shards
-        memory_bytes += 8 * held  # the moments come with the first step
-        memory_bytes += (self.micro_batch_size - images) * self._image_bytes()
-        memory_bytes = max(memory_bytes, update_bytes(held, len(self.averages.members)))
-        self.planned_bytes = memory_bytes
-        steps_left = self.config.steps - start_step
-        self.planned_seconds = seconds * self.share_size / images
-        return TrainPlan(
-            recipe=choose_recipe(self.config.depth, self.device.type).name,
-            device=torch.cuda.get_device_name(self.device) if on_cuda else self.device.type,
-            precision=self.config.precision,
-            is_compiled=self.is_compiled,
-            depth=self.model_config.depth,
-            width=self.model_config.width,
-            num_parameters=self.model.num_parameters,
-            tokens_per_image=self.order.seq_len,
-            vocab_size=self.model_config.vocab_size,
-            num_images=self.source.num_images,
-            num_views=int(self.source.num_views.max()),
-            num_validation=0 if self.validation is None else len(self.validation.labels),
-            num_classes=len(self.classes),
-            start_step=start_step,
-            steps=self.config.steps,
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            processes=self.world.size,
-            parallel=self.mode,
-            learning_rate=self.config.learning_rate,
-            memory_bytes=memory_bytes,
-            seconds=steps_left * self.planned_seconds,
-            notes=self._notes(),
-        )
+        """Find out what the run will take, before it starts; see `varcli.training.prepare.prepare`."""
+        plan = prepare(self, start_step)
+        self.planned_seconds = plan.seconds / max(plan.steps - start_step, 1)
+        self.planned_bytes = plan.memory_bytes
+        return plan
 
     def checkpoint_bytes(self) -> int:
         """Size of one checkpoint: weights, two moments, and averages."""
         return self.model.num_parameters * (12 + 4 * len(self.averages.members))
-
-    def _notes(self) -> tuple[str, ...]:
-        notes = list(self.start_notes)
-        if self.validation is None:
-            notes.append("the codes have no val split: nothing is held out, so overfitting would not be seen")
-        if self.model.num_parameters > 20 * self.source.num_images * self.order.seq_len:
-            notes.append("few images for so many parameters: expect the model to learn them by heart")
-        return tuple(notes)
 
     def _wants_compile(self) -> bool:
         if self.config.compile is not None:
@@ -374,10 +310,11 @@ class TransformerTrainer(Trainer):
     def _choose_micro_batch(self) -> int:
         if self.config.micro_batch_size is not None:
             return min(self.config.micro_batch_size, self.share_size)
-        fitting = fit_micro_batch(self.share_size, self._image_bytes(), self._fixed_bytes(), self.device)
+        fitting = fit_micro_batch(self.share_size, self.image_bytes(), self._fixed_bytes(), self.device)
         return -self.world.largest(-fitting)[0]  # shards meet in each micro-batch, so all must have the same number
 
-    def _image_bytes(self) -> int:
+    def image_bytes(self) -> int:
+        """Estimate of what one image needs between forward and backward."""
         return activation_bytes(self.model_config, self.dtype, self.is_compiled, self.model.kernels)
 
     def _fixed_bytes(self) -> int:

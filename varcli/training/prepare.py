@@ -1,0 +1,126 @@
+"""Before a transformer's first step: one micro-batch is tried out, made smaller until it fits, and the plan is told."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from varcli.devices import try_compiled
+from varcli.distributed.context import exchange
+from varcli.progress import Step
+from varcli.training.plan import TrainPlan, is_tight, process_bytes, share_evenly, time_once, update_bytes
+from varcli.training.recipes import choose_recipe
+from varcli.training.state import undisturbed
+from varcli.transformer import drop_branches
+
+if TYPE_CHECKING:
+    from varcli.training.transformer_trainer import TransformerTrainer
+
+_CALIBRATION_IMAGES = 8  # timed on a CPU, where a whole micro-batch may take long
+
+
+def prepare(trainer: TransformerTrainer, start_step: int) -> TrainPlan:
+    """Compile, time one micro-batch without learning from it, and say what the run will take.
+
+    start_step: optimizer steps done already. If torch.compile fails and was not asked for, it is left out. If memory does
+    not suffice, a micro-batch that nobody asked for is made smaller until it does (by a process alone: several would have
+    to fail together).
+    """
+    while True:
+        try:
+            plan = _describe(trainer, start_step, *_try_out(trainer, start_step))
+        except torch.OutOfMemoryError:
+            if not _can_shrink(trainer):
+                raise
+        else:
+            if not (is_tight(plan.memory_bytes, trainer.device) and _can_shrink(trainer)):
+                return plan
+        # not within the except clause, where the error still holds on to what filled the memory
+        _shrink(trainer, start_step)
+
+
+def _can_shrink(trainer: TransformerTrainer) -> bool:
+    is_open = trainer.config.micro_batch_size is None and trainer.world.size == 1 and not trainer.config.cuda_graphs
+    return is_open and trainer.micro_batch_size > 1
+
+
+def _shrink(trainer: TransformerTrainer, start_step: int) -> None:
+    before = trainer.micro_batch_size
+    trainer.micro_batch_size = share_evenly(trainer.batch_size, before // 2)
+    trainer.updater.optimizer.zero_grad(set_to_none=True)
+    if trainer.device.type == "cuda":
+        torch.cuda.empty_cache()
+    text = f"{before:,} images at a time do not fit the memory: going on with {trainer.micro_batch_size:,}"
+    trainer.on_step(Step(start_step, trainer.config.steps, message=text))
+
+
+def _try_out(trainer: TransformerTrainer, start_step: int) -> tuple[float, int]:
+    """Return the seconds that an image takes, and the bytes at the peak of a step."""
+    device, on_cuda = trainer.device, trainer.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    images = trainer.micro_batch_size if on_cuda else min(trainer.micro_batch_size, _CALIBRATION_IMAGES)
+    codes, labels = (tensor[:images] for tensor in trainer.source.batch(start_step))
+
+    def try_out() -> None:
+        branches = drop_branches(trainer.model_config, images, None, device)
+        trainer.updater.optimizer.zero_grad(set_to_none=True)
+        with exchange(and_more=True):
+            trainer.updater.backward(trainer.objective.loss(codes, labels, branches)[0])
+
+    def tell(text: str) -> None:
+        trainer.on_step(Step(start_step, trainer.config.steps, message=text))
+
+    with undisturbed(device):
+        if trainer.is_compiled:
+            undo, is_optional = trainer.objective.uncompile, not trainer.config.compile
+            trainer.is_compiled = try_compiled(try_out, undo, tell, is_optional=is_optional)
+        else:
+            try_out()
+        seconds = time_once(try_out, device)
+    trainer.updater.optimizer.zero_grad(set_to_none=True)
+    memory_bytes = torch.cuda.max_memory_allocated(device) if on_cuda else process_bytes()
+    held = trainer.model.num_parameters // trainer.parallel.num_shards
+    memory_bytes += 8 * held  # the moments come with the first step
+    memory_bytes += (trainer.micro_batch_size - images) * trainer.image_bytes()
+    return seconds / images, max(memory_bytes, update_bytes(held, len(trainer.averages.members)))
+
+
+def _describe(trainer: TransformerTrainer, start_step: int, image_seconds: float, memory_bytes: int) -> TrainPlan:
+    config, model, source = trainer.config, trainer.model_config, trainer.source
+    is_cuda = trainer.device.type == "cuda"
+    return TrainPlan(
+        recipe=choose_recipe(config.depth, trainer.device.type).name,
+        device=torch.cuda.get_device_name(trainer.device) if is_cuda else trainer.device.type,
+        precision=config.precision,
+        is_compiled=trainer.is_compiled,
+        depth=model.depth,
+        width=model.width,
+        num_parameters=trainer.model.num_parameters,
+        tokens_per_image=model.seq_len,
+        vocab_size=model.vocab_size,
+        num_images=source.num_images,
+        num_views=int(source.num_views.max()),
+        num_validation=0 if trainer.validation is None else len(trainer.validation.labels),
+        num_classes=len(trainer.classes),
+        start_step=start_step,
+        steps=config.steps,
+        batch_size=trainer.batch_size,
+        micro_batch_size=trainer.micro_batch_size,
+        processes=trainer.world.size,
+        parallel=trainer.mode,
+        learning_rate=config.learning_rate,
+        memory_bytes=memory_bytes,
+        seconds=(config.steps - start_step) * image_seconds * trainer.share_size,
+        notes=_notes(trainer),
+    )
+
+
+def _notes(trainer: TransformerTrainer) -> tuple[str, ...]:
+    notes = list(trainer.start_notes)
+    if trainer.validation is None:
+        notes.append("the codes have no val split: nothing is held out, so overfitting would not be seen")
+    if trainer.model.num_parameters > 20 * trainer.source.num_images * trainer.model_config.seq_len:
+        notes.append("few images for so many parameters: expect the model to learn them by heart")
+    return tuple(notes)
