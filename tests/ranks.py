@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -85,6 +87,22 @@ def _start(code: str, rank: int, launch: tuple[int, int, int, list[str]], files:
     os._exit(status)
 
 
+def _wait(children: list[int]) -> list[int]:
+    """Exit codes of all; who is still there 10 seconds after the first one has ended is killed."""
+    codes: dict[int, int] = {}
+    killed_at = math.inf
+    while len(codes) < len(children):
+        time.sleep(0.05)
+        for child in [child for child in children if child not in codes]:
+            if time.monotonic() > killed_at:
+                os.kill(child, signal.SIGKILL)
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+                killed_at = min(killed_at, time.monotonic() + 10)
+    return [codes[child] for child in children]
+
+
 def _main(code: str, launches: list[tuple[int, int, int, list[str]]]) -> None:
     for module in ("torch.distributed.fsdp", "torch.distributed.tensor", "varcli.cli.app", "varcli.training.tokenizer"):
         importlib.import_module(module)
@@ -93,7 +111,7 @@ def _main(code: str, launches: list[tuple[int, int, int, list[str]]]) -> None:
         with ExitStack() as stack:
             files = [[stack.enter_context(TemporaryFile("w+")) for _ in range(2)] for _ in range(launch[0])]
             children = [_start(code, rank, launch, [file.fileno() for file in pair]) for rank, pair in enumerate(files)]
-            codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+            codes = _wait(children)
             outputs = [[(file.seek(0), file.read())[1] for file in pair] for pair in files]
         ended.append([(status, *output) for status, output in zip(codes, outputs, strict=True)])
     print(json.dumps(ended))

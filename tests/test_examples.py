@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -52,3 +56,42 @@ def test_pages_name_commands_at_all():
 def test_every_file_a_page_links_is_there(page):
     for link in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8")):
         assert link.startswith("https://") or ((ROOT / page).parent / link).exists(), link
+
+
+SRUN = """#!/bin/bash
+echo "$@" > "$STUBS/started"
+trap 'exit 1' TERM
+sleep 30 &
+wait
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then printf 'alpha\\nbeta\\n'; else echo "$@" > "$STUBS/asked"; fi
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_the_slurm_script_starts_all_hosts_and_queues_itself_again_when_the_time_is_up(tmp_path):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    slurm = {
+        "SLURM_JOB_NODELIST": "alpha,beta",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "17",
+        "STUBS": str(tmp_path),
+    }
+    environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = ROOT / "examples" / "train_slurm.sh"
+    job = subprocess.Popen(["bash", str(script), "codes", "--name", "d 30"], env=environment)
+    try:
+        until = time.monotonic() + 20
+        while not (tmp_path / "started").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(0.5)  # srun's stand-in has set its trap
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=20) == 0
+    finally:
+        job.kill()
+    started = (tmp_path / "started").read_text()
+    assert "--nnodes 2 " in started and "--rdzv-endpoint alpha:29500 -m varcli train codes --name d 30" in started
+    assert (tmp_path / "asked").read_text().split() == ["requeue", "17"]

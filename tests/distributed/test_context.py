@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
+from ranks import run_ranks
 
 from varcli.distributed import ALONE, World, join_world
 from varcli.errors import ConfigError
@@ -11,7 +14,15 @@ from varcli.errors import ConfigError
 
 @pytest.fixture(autouse=True)
 def _no_job(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "VARCLI_TIMEOUT",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -19,6 +30,38 @@ def test_without_torchrun_a_process_is_alone_and_needs_no_group():
     with join_world("cpu") as (world, device):
         assert (world, device) == (ALONE, "cpu") and world.is_first
         assert not torch.distributed.is_initialized()
+
+
+WAITING = """
+    import os, signal, sys
+    from varcli.cli.app import report_error
+    from varcli.distributed import join_world
+    os.environ["VARCLI_TIMEOUT"] = "0.05"
+    try:
+        with join_world("cpu") as (world, device):
+            world.wait()
+            if world.rank == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            world.wait()
+    except Exception as error:
+        sys.exit(report_error(error))
+"""
+
+
+@pytest.mark.distributed
+def test_a_process_that_hangs_ends_all_with_its_number():
+    first, stopped, last = run_ranks(WAITING, size=3)
+    assert stopped.code == -signal.SIGKILL  # by the test, as torchrun would
+    assert (first.code, last.code) == (1, 1)
+    text = first.err + last.err
+    assert text.count("error:") == 1 and "process 1 has ended or cannot be reached, of 3 counted from 0" in text, text
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "nan"])
+def test_a_timeout_that_makes_no_sense_is_one_error(monkeypatch, value):
+    monkeypatch.setenv("VARCLI_TIMEOUT", value)
+    with pytest.raises(ConfigError, match="VARCLI_TIMEOUT"), join_world("cpu"):
+        pass
 
 
 @pytest.mark.parametrize("values", [{"RANK": "x"}, {"WORLD_SIZE": "2.5"}, {"WORLD_SIZE": "2", "RANK": "0"}])

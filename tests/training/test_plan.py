@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from varcli.distributed import World
+from varcli.errors import ConfigError
 from varcli.scales import PatchNums
 from varcli.training import plan
 from varcli.training.objective import measure
-from varcli.training.plan import activation_bytes, fit_micro_batch, memory_hint
+from varcli.training.plan import activation_bytes, choose_mode, fit_micro_batch, memory_hint
 from varcli.transformer import Transformer, TransformerConfig
 
 
@@ -61,3 +63,14 @@ def test_the_flag_to_change_is_named_and_fits_what_was_tried():
     assert memory_hint(3, "fp32").startswith("--set micro_batch_size=1 ")
     assert "--precision bf16" in memory_hint(1, "fp32")
     assert "smaller --depth" in memory_hint(1, "bf16")
+
+
+def test_shards_are_taken_where_a_copy_does_not_fit_and_the_optimizer_can_do_with_them(monkeypatch):
+    monkeypatch.setattr(plan, "free_bytes", lambda device: 1000)
+    cpu = torch.device("cpu")
+    assert choose_mode("auto", "adamw", 800, cpu, World()) == "ddp"
+    assert choose_mode("auto", "adamw", 900, cpu, World()) == "fsdp"
+    assert choose_mode("auto", "muon", 900, cpu, World()) == "ddp"
+    assert choose_mode("hsdp", "adamw", 1, cpu, World()) == "hsdp"
+    with pytest.raises(ConfigError, match="muon needs whole matrices"):
+        choose_mode("fsdp", "muon", 1, cpu, World(0, 2))

@@ -118,6 +118,7 @@ def test_a_resumed_run_keeps_what_it_was_begun_with():
         {"label_dropout": 1.5},
         {"grad_clip": 0.0},
         {"schedule": "linear"},
+        {"parallel": "zero"},
         {"precision": "fp8"},
         {"steps": 10, "warmup_steps": 11},
         {"learning_rate": 0.0},

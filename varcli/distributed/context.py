@@ -5,8 +5,11 @@ A process that torchrun did not start is alone: rank 0 of 1, without a process g
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from varcli.distributed.pulse import Pulse
 from varcli.errors import ConfigError, LostProcessError
 
-_TIMEOUT = timedelta(hours=2)  # one process may decode, hash or compute alone for long while the others wait
+_TIMEOUT_MINUTES = "120"  # one process may decode, hash or compute alone for long while the others wait
 _EXCHANGE = re.compile(r"\b(gloo|nccl|connection (closed|reset)|timed out waiting)", re.IGNORECASE)
 _LAST_WORDS = 1.0  # seconds that silent processes leave to the one that says what went wrong
 
@@ -113,9 +117,11 @@ def join_world(device: str = "auto") -> Iterator[tuple[World, str]]:
     device: as in `varcli.devices.resolve_device`. Yields the world and the device of this process: with several GPUs each
     takes the one of its local rank. Tensors on GPUs go through NCCL where each process has one of its own, all others
     through gloo, which every machine has. If the body raises, in however many processes, the error leaves this context in
-    the first of them alone; the others end silently with status 1, so that one text tells what went wrong.
-    Raises ConfigError if torchrun's variables make no sense.
+    the first of them alone; the others end silently with status 1, so that one text tells what went wrong. A process that
+    has ended is missed at once, one that answers no more after VARCLI_TIMEOUT minutes (120); the error names it.
+    Raises ConfigError if torchrun's variables, or that one, make no sense.
     """
+    timeout = _read_timeout()
     try:
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -135,20 +141,38 @@ def join_world(device: str = "auto") -> Iterator[tuple[World, str]]:
             backend = "cpu:gloo,cuda:nccl"
     try:
         with exchange():
-            store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+            store, rank, size = next(rendezvous("env://", timeout=timeout))
+            pulse = Pulse(store, rank)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except ValueError as error:  # of rendezvous, for a variable that is not set
         raise ConfigError(f"WORLD_SIZE is {world.size}, but {error}", "start with torchrun") from None
     try:
         yield world, device
-    except BaseException:
+    except BaseException as error:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for those that are left: last words come first
         if not _is_first_to_fail(store):
-            time.sleep(_LAST_WORDS)
+            _let_speak(store)
             if "nccl" in backend:
                 os._exit(1)  # a kernel that waits for a process that is gone would keep the interpreter from ending
             raise SystemExit(1) from None
-        raise
+        if isinstance(error, LostProcessError):
+            error = _name_lost(error, pulse, store, world)
+        _finish_words(store)
+        raise error from None
+    pulse.stop()
     _leave(world, store)
+
+
+def _read_timeout() -> timedelta:
+    given = os.environ.get("VARCLI_TIMEOUT", _TIMEOUT_MINUTES)
+    try:
+        timeout = timedelta(minutes=float(given))
+    except (ValueError, OverflowError):
+        timeout = timedelta(0)
+    if timeout <= timedelta(0):
+        raise ConfigError(f"VARCLI_TIMEOUT must be minutes above 0, but is {given!r}")
+    return timeout
 
 
 def _leave(world: World, store: dist.Store) -> None:
@@ -176,8 +200,35 @@ def exchange(and_more: bool = False) -> Iterator[None]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise LostProcessError(
             f"another process of this job has ended or cannot be reached: {reason}",
-            "torchrun's report says which one; run the same command again to go on from the last checkpoint",
+            "torchrun's report may say why; run the same command again to go on from the last checkpoint",
         ) from None
+
+
+def _name_lost(error: LostProcessError, pulse: Pulse, store: dist.Store, world: World) -> LostProcessError:
+    """Say which processes are lost, where it can be told from those that have not noticed yet."""
+    silent: list[int] = []
+    with contextlib.suppress(RuntimeError):  # of a store that was lost too
+        silent = pulse.find_silent(world.size)
+    if not silent:
+        return error
+    shown = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
+    which = f"process {shown} has" if len(silent) == 1 else f"processes {shown} have"
+    return LostProcessError(f"{which} ended or cannot be reached, of {world.size} counted from 0", error.hint)
+
+
+def _finish_words(store: dist.Store) -> None:
+    """Let the others go, who have waited for the one that speaks."""
+    with contextlib.suppress(RuntimeError):
+        store.set("varcli/spoken", "")
+
+
+def _let_speak(store: dist.Store) -> None:
+    """Wait, with signs of life, until the process that failed first knows what to say and has said it."""
+    until = time.monotonic() + 10
+    with contextlib.suppress(RuntimeError):  # the store ended with the process that kept it
+        while not store.check(["varcli/spoken"]) and time.monotonic() < until:
+            time.sleep(0.05)  # a wait in the store would hold up the signs of life
+    time.sleep(_LAST_WORDS)
 
 
 def _is_first_to_fail(store: dist.Store) -> bool:
