@@ -63,6 +63,17 @@ def test_only_the_process_that_measures_decodes_images_to_measure_on():
         assert (len(trainer.measured), len(asked)) == (expected, 1 - rank)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.1, 2.0])
+def test_training_and_validation_mean_the_same_by_loss(weight):
+    unchanged = {"learning_rate": 1e-12, "scale_dropout": 0.0, "shift": 0, "flip": False, "batch_size": 8}
+    trainer = build(perceptual_weight=weight, ema_decay=0.0, **unchanged)
+    with torch.no_grad():
+        trainer.model.decoder.conv_out.weight.mul_(0.1)  # so that no pixel is cut off
+    trainer.measured = trainer.images.spread(8)
+    found, expected = trainer.train_step(0), trainer.validate()
+    assert found["loss"].item() == pytest.approx(expected["loss"], rel=1e-4)
+
+
 class Broken(torch.autograd.Function):
     """Passes on what it gets, and fails on the way back."""
 

@@ -160,8 +160,10 @@ class TokenizerTrainer(Trainer):
         self.updater.begin(step)
         numbers, reconstructions, codes = self.objective.backward_tokenizer(images, kept, share, self.generator)
         numbers = average_numbers(numbers, world)
-        loss = numbers["pixel_loss"] + numbers["quantizer_loss"]
-        numbers = {"loss": loss, **numbers, **self.updater.finish(loss)}
+        loss = numbers["pixel_loss"]
+        if "perceptual_loss" in numbers:
+            loss = loss + config.perceptual_weight * numbers["perceptual_loss"]
+        numbers = {"loss": loss, **numbers, **self.updater.finish(loss + numbers["quantizer_loss"])}
         if self.judge is not None and step >= 0.8 * config.adversarial_start * config.steps:
             self.judge.begin(step)
             found = self.objective.backward_discriminator(step, images, reconstructions, self.generator)
@@ -206,12 +208,16 @@ class TokenizerTrainer(Trainer):
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, Any]:
-        """Reconstruction and codebook health of the averaged weights, on held-out images if there are any."""
+        """Reconstruction and codebook health of the averaged weights, on held-out images if there are any.
+
+        "loss" is what training calls so: the pixel loss and the weighted perceptual distance.
+        """
         self.model.eval()
         with self.average.swapped():
             report = evaluate_tokenizer(self.model, self.measured, self.objective.perceptual)
         self.objective.learn()
-        return {"loss": report["l1"] + report["mse"] + report.get("perceptual", 0.0), **report}
+        perceptual = self.config.perceptual_weight * report.get("perceptual", 0.0)
+        return {"loss": report["l1"] + report["mse"] + perceptual, **report}
 
     def find_faults(self, step: int, validation: Mapping[str, Any]) -> Mapping[str, str]:
         """Collapsed scales and a codebook that dies, with settings to change; see `collapse_warnings`."""
