@@ -60,6 +60,17 @@ def test_rate_of_a_resumed_job_counts_from_where_it_went_on(monkeypatch: pytest.
     assert clock.rate == pytest.approx(5.0)
 
 
+def test_a_job_in_other_units_has_a_rate_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    clock = console.Clock()
+    for second in range(1, 21):
+        now[0] += 1.0
+        clock.update(Step(second, 20, "images"))
+    clock.update(Step(60, 60))  # of a finished run, without a step of its own
+    assert clock.rate is None
+
+
 @pytest.fixture
 def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(console, "is_terminal", lambda: True)

@@ -32,6 +32,11 @@ def test_a_folder_is_described_and_skips_are_told(tiny_images):
     assert "skipped train/cat/x.png: link to nothing" in result.stderr
 
 
+def test_one_class_is_counted_as_one(tiny_images):
+    result = runner.invoke(app, ["data", str(tiny_images / "train" / "cat")])
+    assert "5 images in 1 class\n" in result.stdout and "1 classes" not in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -192,7 +192,8 @@ def test_what_is_read_first_has_a_bar_of_its_own(terminal):
     on_step(Step(1, 10, details=DETAILS))
     assert console.Display.running is on_step
     console.close_progress()
-    assert "2/2 images" in terminal.readouterr().err
+    seen = terminal.readouterr().err
+    assert "2/2 images" in seen and "reading" in seen
 
 
 def test_without_a_terminal_there_are_lines(capsys, clock):
@@ -201,6 +202,8 @@ def test_without_a_terminal_there_are_lines(capsys, clock):
     on_step(Step(5, 10, values={"loss": 4.0}, details=DETAILS))
     assert capsys.readouterr().err == "training: 5/10 steps, loss 4\n"
     expect(on_step, None, torch.device("cpu"))  # nothing to tell
+    on_step(Step(20, 20, "images"))
+    assert capsys.readouterr().err == "reading: 20/20 images\n"
 
 
 @dataclasses.dataclass

@@ -31,6 +31,10 @@ def test_a_run_ends_with_its_curves_which_the_log_alone_gives_again(tiny_images,
     value = json.loads(result.stdout)
     assert value["curves"] == str(run / CURVES_NAME)
     drawn = (run / CURVES_NAME).read_bytes()
+    finished = train(tiny_images, run)
+    assert "has all its 4 steps already" in finished.stderr and "steps/s" not in finished.stderr
+    again = json.loads(finished.stdout)
+    assert again["psnr"] == value["psnr"] and again.keys() == value.keys()  # of the last validation
     again = runner.invoke(app, ["curves", str(run), "--out", str(tmp_path / "again.png"), "--json"])
     assert json.loads(again.stdout) == {"curves": str(tmp_path / "again.png")}
     assert (tmp_path / "again.png").read_bytes() == drawn

@@ -200,15 +200,16 @@ class Clock:
     def __init__(self) -> None:
         self.first: tuple[int, float] | None = None
         self.last = 0  # units done; fewer than before means that another pass began
+        self.unit: str | None = None  # of the last report; another one means another job
         self.rate: float | None = None  # units per second
         self.seen = 0.0  # when the last report came, by time.monotonic
 
     def update(self, step: Step) -> None:
         """Take a report."""
         now = time.monotonic()
-        if self.first is None or step.done < self.last:
+        if self.first is None or step.done < self.last or step.unit != self.unit:
             self.first = (step.done, now)
-        self.last, self.seen = step.done, now
+        self.last, self.unit, self.seen = step.done, step.unit, now
         done, seconds = step.done - self.first[0], now - self.first[1]
         self.rate = done / seconds if done > 0 and seconds > 0 else None
 

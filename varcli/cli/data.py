@@ -54,7 +54,7 @@ def _show(tree: Any, as_json: bool, headline: str) -> None:
     console.result(headline)
     splits = list(tree.splits)
     rows = [(name, index, *(counts[name][split] for split in splits)) for index, name in enumerate(tree.classes)]
-    total = (f"{len(rows)} classes", "", *(len(tree.splits[split]) for split in splits))
+    total = (f"{len(rows)} class{'es' if len(rows) != 1 else ''}", "", *(len(tree.splits[split]) for split in splits))
     console.table(("class", "number", *splits), [*rows[:_MAX_ROWS], total])
     if len(rows) > _MAX_ROWS:
         console.note(f"{len(rows) - _MAX_ROWS} more classes are not shown; --json lists all")

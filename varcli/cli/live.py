@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from varcli.training.plan import TrainPlan
 
 _KEEP = 0.9  # share of the smoothed loss that one log line leaves
+_READING = "reading"  # what has to be done before the first step
 _LABEL = 13  # width of the names on the left
 _GAP = "  "  # between entries
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -30,7 +31,10 @@ _NAMES = {"codebook_used": "used", "psnr": "PSNR"}
 
 def training_progress(description: str) -> OnStep:
     """Return an `on_step` callback for a training run: a live view on a terminal, lines now and then elsewhere."""
-    return TrainingView(description) if console.is_terminal() else console.progress(description)
+    if console.is_terminal():
+        return TrainingView(description)
+    reading, training = console.progress(_READING), console.progress(description)
+    return lambda step: (training if step.unit == "steps" else reading)(step)
 
 
 def expect(view: OnStep, plan: TrainPlan | None, device: torch.device, num_devices: int = 1) -> None:
@@ -87,7 +91,7 @@ class TrainingView(console.Display):
 
     def __call__(self, step: Step) -> None:
         if step.unit != "steps":  # something that has to be read first
-            self._bar = self._bar or console.Bar(self.description)
+            self._bar = self._bar or console.Bar(_READING)
             self._bar(step)
             return
         if step.message and not step.details:  # before the first step

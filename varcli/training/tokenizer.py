@@ -13,6 +13,7 @@ import torch
 from varcli import config as configs
 from varcli.artifacts.write import prepare_folder
 from varcli.data.images import describe_enlarging, open_images, typical_side
+from varcli.data.runs import is_number, read_log
 from varcli.data.skips import Skips
 from varcli.devices import precision_name, resolve_device, resolve_precision
 from varcli.distributed import ALONE, World
@@ -40,7 +41,7 @@ class TokenizerTrainResult:
     folder: Path  # the run folder; the tokenizer itself is in its `tokenizer/`
     step: int  # optimizer steps done
     seconds: float  # spent training, over all resumptions
-    validation: dict[str, Any] = field(default_factory=dict)  # the last one of this call
+    validation: dict[str, Any] = field(default_factory=dict)  # the run's last one
 
 
 def train_tokenizer(
@@ -142,9 +143,12 @@ def train_tokenizer(
             run.settle(KIND, configs.to_dict(config), inputs, _FREE)
             info = {"images": len(pixels), "classes": list(tree.classes), **origin}
             result = run_training(trainer, run, loop, on_step, info, on_validation)
-    return TokenizerTrainResult(
-        folder=Path(out), step=result.step, seconds=result.seconds, validation=result.validation
-    )
+        validation = result.validation
+        if not validation and world.is_first:  # nothing was left to do: what an earlier call measured
+            lines = read_log(run.path, "validation")
+            last = lines[-1] if lines else {}
+            validation = {name: value for name, value in last.items() if name != "step" and is_number(value)}
+    return TokenizerTrainResult(folder=Path(out), step=result.step, seconds=result.seconds, validation=validation)
 
 
 def _choose_architecture(
