@@ -149,7 +149,12 @@ def test_one_rank_begins_and_two_go_on(tiny_images, tmp_path, one):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "deed, text", [("raise", "a picture is gone"), ("raise both", "a picture is gone"), ("die", "another process")]
+    "deed, text",
+    [
+        ("raise", "a picture is gone"),
+        ("raise both", "a picture is gone"),
+        ("die", "process 1 has ended or cannot be reached"),
+    ],
 )
 def test_a_rank_that_fails_or_dies_ends_all_with_one_text(tiny_images, tmp_path, deed, text):
     ended = start(tiny_images, tmp_path / "run", deed=deed)
