@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from varcli.errors import ArtifactError, ConfigError, SkipLimitError
 from varcli.progress import Step
 from varcli.tokenizer import encode
 from varcli.tokenizer.encode import tokenize
-from varcli.tokenizer.find import default_tokenizer, tokenizer_folder
+from varcli.tokenizer.find import default_tokenizer, find_tokenizer, tokenizer_folder
 from varcli.tokenizer.store import load_tokenizer, save_tokenizer
+from varcli.training.run import copy_artifact
 
 
 @pytest.fixture
@@ -81,6 +83,19 @@ def test_the_default_tokenizer_follows_from_the_size_of_the_images(tiny_tokenize
     assert default_tokenizer(8).parts[-1] == "tiny"
     save_tokenizer(tmp_path / "runs" / "half" / "tokenizer", tiny_tokenizer, {"step": 5, "steps": 10, "image_size": 48})
     assert default_tokenizer(50).parts[-1] == "tiny"  # not one that is still being trained
+
+
+def test_a_runs_copy_of_a_tokenizer_is_not_chosen_before_the_original(tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = default_tokenizer(64)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    copied = copy_artifact(own, tmp_path / "runs" / "first" / "tokenizer", "tokenizer")
+    assert default_tokenizer(64) == find_tokenizer(copied.info["fingerprint"]) == own
+    info = {"image_size": 64}
+    save_tokenizer(tmp_path / "runs" / "second" / "tokenizer", tiny_tokenizer, info)
+    assert default_tokenizer(64) == Path("runs/second/tokenizer")  # the user's own comes first, copies or not
+    save_tokenizer(tmp_path / "tokenizers" / "mine", tiny_tokenizer, info)
+    assert default_tokenizer(64) == Path("tokenizers/mine")
 
 
 def test_a_rerun_takes_the_tokenizer_it_was_begun_with(tiny_tokenizer, tiny_images, tmp_path, monkeypatch):

@@ -38,6 +38,11 @@ def known_artifacts(kind: str) -> Iterator[Path]:
                 yield found
 
 
+def comes_with_varcli(folder: Path) -> bool:
+    """Say whether a folder that `known_artifacts` yielded is varcli's own."""
+    return _EMBEDDED in folder.parents
+
+
 def _in_folder(place: Path, kind: str) -> Path | None:
     """The folder of `kind` that `place` is or holds."""
     for folder in (place / kind, place):
