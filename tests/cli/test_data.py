@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from typer.testing import CliRunner
@@ -35,6 +36,16 @@ def test_a_folder_is_described_and_skips_are_told(tiny_images):
 def test_one_class_is_counted_as_one(tiny_images):
     result = runner.invoke(app, ["data", str(tiny_images / "train" / "cat")])
     assert "5 images in 1 class\n" in result.stdout and "1 classes" not in result.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names hold no newlines there")
+@pytest.mark.parametrize("command", ["data", "info"])
+def test_class_names_with_newlines_break_no_line(tiny_images, command):
+    for split in ("train", "val"):
+        (tiny_images / split / "cat").rename(tiny_images / split / "cat\nand\tdog")
+    result = runner.invoke(app, [command, str(tiny_images)])
+    assert "cat\\x0aand\\x09dog" in result.stdout
+    assert not any(line.startswith("and") for line in result.stdout.splitlines())
 
 
 @pytest.mark.parametrize(

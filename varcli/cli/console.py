@@ -26,6 +26,11 @@ def printable(text: str) -> str:
     return _HIDDEN.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
 
 
+def one_line(text: str) -> str:
+    r"""Return `text` as `printable`, and newlines and tabs as `\x0a` and `\x09`: a name that must not break a line."""
+    return printable(text).replace("\n", "\\x0a").replace("\t", "\\x09")
+
+
 def result(text: str) -> None:
     """Print a result for people to stdout."""
     close_progress()
@@ -56,7 +61,7 @@ def report(value: Any, as_json: bool, text: str) -> None:
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
     """Print an aligned table to stdout; columns after the first are set to the right."""
     close_progress()
-    cells = [[printable(str(cell)) for cell in row] for row in (columns, *rows)]
+    cells = [[one_line(str(cell)) for cell in row] for row in (columns, *rows)]
     widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
     lines = ["  ".join(_aligned(row, widths)).rstrip() for row in cells]
     lines.insert(1, "  ".join("-" * width for width in widths))

@@ -59,6 +59,6 @@ def _show(tree: Any, as_json: bool, headline: str) -> None:
     if len(rows) > _MAX_ROWS:
         console.note(f"{len(rows) - _MAX_ROWS} more classes are not shown; --json lists all")
     for path, reason in tree.skipped[:5]:
-        console.note(f"skipped {path}: {reason}")
+        console.note(f"skipped {console.one_line(path)}: {reason}")
     if len(tree.skipped) > 5:
         console.note(f"skipped {len(tree.skipped) - 5} more; --json lists all")

@@ -40,21 +40,24 @@ def _show(found: Description, indent: str) -> None:
     facts = {name: value for name, value in found.facts.items() if value is not None}
     width = max((len(name) for name in facts), default=0)
     for name, value in facts.items():
-        console.result(f"{indent}  {name.replace('_', ' '):{width}}  {_text(value)}")
+        console.result(f"{indent}  {name.replace('_', ' '):{width}}  {_shortened(value)}")
     for part in found.parts:
         _show(part, indent + "  ")
 
 
+def _shortened(value: Any) -> str:
+    text = console.one_line(_text(value))
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
+
+
 def _text(value: Any) -> str:
     if isinstance(value, dict):
-        text = ", ".join(f"{key} {_text(entry)}" for key, entry in value.items())
-    elif isinstance(value, (list, tuple)):
-        text = ", ".join(str(entry) for entry in value)
-    elif isinstance(value, bool):
-        text = "yes" if value else "no"
-    else:
-        text = f"{value:,}" if isinstance(value, int) else str(value)
-    return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
+        return ", ".join(f"{key} {_text(entry)}" for key, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(entry) for entry in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _as_json(found: Description) -> dict[str, Any]:
