@@ -106,11 +106,18 @@ def test_the_first_frame_of_several_is_used(tmp_path, kind):
     assert image.getpixel((4, 4)) == (255, 0, 0)
 
 
-def test_orientation_in_exif_is_ignored_and_broken_exif_used(tmp_path):
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    ("orientation", "expected"), [(1, []), (3, ["orientation ignored"]), (6, ["orientation ignored"])]
+)
+def test_orientation_in_exif_is_ignored_and_noted(tmp_path, kind, orientation, expected):
     exif = Image.Exif()
-    exif[0x0112] = 6
-    image, _ = load_image(save(tmp_path / "a.jpg", gradient(), "JPEG", exif=exif))
-    assert image.size == (40, 30)
+    exif[0x0112] = orientation
+    image, notes = load_image(save(tmp_path / "a", gradient(), kind, exif=exif))
+    assert image.size == (40, 30) and notes == expected
+
+
+def test_broken_exif_is_passed_over(tmp_path):
     path = save(tmp_path / "b.jpg", gradient(), "JPEG", exif=b"Exif\x00\x00garbage" * 3, icc_profile=b"not a profile")
     assert load_image(path)[0].size == (40, 30)
 

@@ -1,7 +1,7 @@
 """One image file of any kind, as RGB: what is converted, and what is refused and why.
 
 Formats are told by content from a closed list, since some that Pillow knows start other programs. Orientation in EXIF
-is ignored, as in the usual ImageNet pipeline.
+is ignored but for TIFF, as in the usual ImageNet pipeline, and noted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 MAX_PIXELS = 64 * 10**6  # of one image, declared or after the resize
 
+_ORIENTATION = 0x0112  # EXIF's tag: 1 as stored, 2 to 8 turned or mirrored
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 _KINDS = {"L": "grey", "1": "1-bit", "P": "palette", "CMYK": "CMYK", "YCbCr": "YCbCr", "LA": "grey", "PA": "palette"}
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # a JPEG marker that is neither a stuffed byte nor a restart
@@ -103,8 +104,20 @@ def _decode(
     if image.format == "JPEG" and enough is not None:
         image.draft(None, enough(image.size))
     image.load()
+    if _is_turned(image):
+        notes.append("orientation ignored")
     rgb, kinds = to_rgb(image)
     return rgb, kinds + notes
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Say whether EXIF asks viewers to turn or mirror a loaded image, as a TIFF's, which Pillow turns, does no longer."""
+    if not any(name in image.info for name in ("exif", "Raw profile type exif")):
+        return False
+    try:
+        return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+    except Exception:  # noqa: BLE001 - Pillow raises nearly any type on hostile bytes, and the pixels are good
+        return False
 
 
 def _jpeg_is_whole(file: IO[bytes]) -> bool:
