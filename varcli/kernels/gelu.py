@@ -1,7 +1,7 @@
 """GELU (tanh form) of a product and its bias: what was before the bias is kept, the rest recomputed in the backward pass.
 
-torch.compile fuses the forward pass, and would recompute as well; but the gradient of the bias costs it another pass over
-the largest activation of a block. On CUDA Triton computes the backward pass, on a CPU the formula below.
+torch.compile would recompute as well; but the gradient of the bias costs it another pass over the largest activation of a
+block. On CUDA Triton computes, on a CPU the formulas below.
 """
 
 from __future__ import annotations
@@ -18,21 +18,26 @@ _CUBE = 0.044715
 
 def biased_gelu(before: Tensor, bias_H: Tensor) -> Tensor:
     """Return gelu(before + bias), (..., H): float32 inside, the dtype of `before` out; the bias's gradient is float32."""
-    return _BiasedGelu.apply(before, bias_H)
+    return torch.ops.varcli.biased_gelu(before, bias_H)
 
 
-class _BiasedGelu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, before, bias):
-        ctx.save_for_backward(before, bias)
-        wide = _wide(before)
-        return F.gelu(before.to(wide) + bias.to(wide), approximate="tanh").to(before.dtype)
+@torch.library.custom_op("varcli::biased_gelu", mutates_args=(), device_types="cuda")
+def _biased_gelu(before: Tensor, bias: Tensor) -> Tensor:
+    from varcli.kernels.gelu_triton import launch_forward
 
-    @staticmethod
-    def backward(ctx, grad):
-        before, bias = ctx.saved_tensors
-        grad_before, grad_bias = torch.ops.varcli.biased_gelu_backward(grad, before, bias)
-        return grad_before, grad_bias.to(bias.dtype)
+    return launch_forward(before, bias)
+
+
+@_biased_gelu.register_kernel("cpu")
+def _biased_gelu_cpu(before: Tensor, bias: Tensor) -> Tensor:
+    wide = _wide(before)
+    result = F.gelu(before.to(wide) + bias.to(wide), approximate="tanh")
+    return result.to(before.dtype, memory_format=torch.contiguous_format)
+
+
+@_biased_gelu.register_fake
+def _biased_gelu_shapes(before: Tensor, bias: Tensor) -> Tensor:
+    return torch.empty_like(before, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("varcli::biased_gelu_backward", mutates_args=(), device_types="cuda")
@@ -56,6 +61,19 @@ def _biased_gelu_backward_cpu(grad: Tensor, before: Tensor, bias: Tensor) -> tup
 def _biased_gelu_backward_shapes(grad: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     grad_before = torch.empty_like(before, memory_format=torch.contiguous_format)
     return grad_before, before.new_empty(before.shape[-1], dtype=_wide(before))
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, grad):
+    before, bias = ctx.saved_tensors
+    grad_before, grad_bias = torch.ops.varcli.biased_gelu_backward(grad, before, bias)
+    return grad_before, grad_bias.to(bias.dtype)
+
+
+_biased_gelu.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -131,29 +131,30 @@ def launch_forward(
     if branch_BLC is not None:
         out, branch_BLC, gate_B1C = torch.empty_like(stream_BLC), branch_BLC.contiguous(), _dense_rows(gate_B1C)
     block = triton.next_power_of_2(width)
-    _varcli_norm_forward[(triton.cdiv(length, _FORWARD_ROWS), batch)](
-        stream_BLC,
-        branch_BLC,
-        bias_C,
-        gate_B1C,
-        scale_B1C,
-        shift_B1C,
-        out,
-        normed,
-        mean,
-        inverse,
-        0 if gate_B1C is None else gate_B1C.stride(0),
-        scale_B1C.stride(0),
-        shift_B1C.stride(0),
-        length,
-        eps,
-        HAS_BRANCH=branch_BLC is not None,
-        HAS_BIAS=bias_C is not None,
-        WIDTH=width,
-        BLOCK=block,
-        ROWS=_FORWARD_ROWS,
-        num_warps=_num_warps(block),
-    )
+    with torch.cuda.device_of(out):
+        _varcli_norm_forward[(triton.cdiv(length, _FORWARD_ROWS), batch)](
+            stream_BLC,
+            branch_BLC,
+            bias_C,
+            gate_B1C,
+            scale_B1C,
+            shift_B1C,
+            out,
+            normed,
+            mean,
+            inverse,
+            0 if gate_B1C is None else gate_B1C.stride(0),
+            scale_B1C.stride(0),
+            shift_B1C.stride(0),
+            length,
+            eps,
+            HAS_BRANCH=branch_BLC is not None,
+            HAS_BIAS=bias_C is not None,
+            WIDTH=width,
+            BLOCK=block,
+            ROWS=_FORWARD_ROWS,
+            num_warps=_num_warps(block),
+        )
     return out, normed, mean, inverse
 
 
@@ -179,29 +180,30 @@ def launch_backward(
     kinds = 2 + (branch_BLC is not None) + (bias_C is not None)
     sums = torch.empty(batch, chunks, kinds, width, dtype=torch.float32, device=out_BLC.device)
     block = triton.next_power_of_2(width)
-    _varcli_norm_backward[(chunks, batch)](
-        grad_normed_BLC,
-        grad_out_BLC,
-        out_BLC,
-        branch_BLC,
-        bias_C,
-        gate_B1C,
-        scale_B1C,
-        mean_BL.contiguous(),
-        inverse_BL.contiguous(),
-        grad_stream,
-        grad_branch,
-        sums,
-        0 if gate_B1C is None else gate_B1C.stride(0),
-        scale_B1C.stride(0),
-        length,
-        HAS_BRANCH=branch_BLC is not None,
-        HAS_BIAS=bias_C is not None,
-        WIDTH=width,
-        BLOCK=block,
-        ROWS=_BACKWARD_ROWS,
-        num_warps=_num_warps(block),
-    )
+    with torch.cuda.device_of(out_BLC):
+        _varcli_norm_backward[(chunks, batch)](
+            grad_normed_BLC,
+            grad_out_BLC,
+            out_BLC,
+            branch_BLC,
+            bias_C,
+            gate_B1C,
+            scale_B1C,
+            mean_BL.contiguous(),
+            inverse_BL.contiguous(),
+            grad_stream,
+            grad_branch,
+            sums,
+            0 if gate_B1C is None else gate_B1C.stride(0),
+            scale_B1C.stride(0),
+            length,
+            HAS_BRANCH=branch_BLC is not None,
+            HAS_BIAS=bias_C is not None,
+            WIDTH=width,
+            BLOCK=block,
+            ROWS=_BACKWARD_ROWS,
+            num_warps=_num_warps(block),
+        )
     return grad_stream, grad_branch, sums.sum(dim=1)
 
 

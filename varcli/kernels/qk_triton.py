@@ -151,24 +151,25 @@ def launch_forward(
     q_inverse, k_inverse = (qkv_BLC.new_empty(batch, length, heads, dtype=torch.float32) for _ in range(2))
     block = triton.next_power_of_2(width)
     tokens = max(1, _FORWARD_TILE // block)
-    _varcli_qk_forward[(heads, triton.cdiv(length, tokens), batch)](
-        qkv_BLC,
-        q_bias_C.contiguous(),
-        v_bias_C.contiguous(),
-        log_scale.contiguous(),
-        q,
-        k,
-        v,
-        q_inverse,
-        k_inverse,
-        length,
-        cap,
-        HEADS=heads,
-        WIDTH=width,
-        BLOCK=block,
-        TOKENS=tokens,
-        num_warps=_NUM_WARPS,
-    )
+    with torch.cuda.device_of(qkv_BLC):
+        _varcli_qk_forward[(heads, triton.cdiv(length, tokens), batch)](
+            qkv_BLC,
+            q_bias_C.contiguous(),
+            v_bias_C.contiguous(),
+            log_scale.contiguous(),
+            q,
+            k,
+            v,
+            q_inverse,
+            k_inverse,
+            length,
+            cap,
+            HEADS=heads,
+            WIDTH=width,
+            BLOCK=block,
+            TOKENS=tokens,
+            num_warps=_NUM_WARPS,
+        )
     return q, k, v, q_inverse, k_inverse
 
 
@@ -195,28 +196,29 @@ def launch_backward(
     grad_qkv = q_BLnd.new_empty(batch, length, 3 * heads * width)
     bias_sums = torch.empty(batch, chunks, 2, heads * width, dtype=torch.float32, device=q_BLnd.device)
     scale_sums = torch.empty(batch, chunks, heads, dtype=torch.float32, device=q_BLnd.device)
-    _varcli_qk_backward[(3 * heads, chunks, batch)](
-        tuple(piece.contiguous() for piece in grads_q),
-        tuple(piece.contiguous() for piece in grads_k),
-        tuple(piece.contiguous() for piece in grads_v),
-        q_BLnd.contiguous(),
-        k_BLnd.contiguous(),
-        q_inverse_BLn.contiguous(),
-        k_inverse_BLn.contiguous(),
-        log_scale.contiguous(),
-        grad_qkv,
-        bias_sums,
-        scale_sums,
-        length,
-        cap,
-        STARTS=(0, *ends[:-1]),
-        ZEROS=(0,) * len(ends),
-        ENDS=ends,
-        HEADS=heads,
-        WIDTH=width,
-        BLOCK=block,
-        TOKENS=tokens,
-        TILES=_BACKWARD_TILES,
-        num_warps=_NUM_WARPS,
-    )
+    with torch.cuda.device_of(q_BLnd):
+        _varcli_qk_backward[(3 * heads, chunks, batch)](
+            tuple(piece.contiguous() for piece in grads_q),
+            tuple(piece.contiguous() for piece in grads_k),
+            tuple(piece.contiguous() for piece in grads_v),
+            q_BLnd.contiguous(),
+            k_BLnd.contiguous(),
+            q_inverse_BLn.contiguous(),
+            k_inverse_BLn.contiguous(),
+            log_scale.contiguous(),
+            grad_qkv,
+            bias_sums,
+            scale_sums,
+            length,
+            cap,
+            STARTS=(0, *ends[:-1]),
+            ZEROS=(0,) * len(ends),
+            ENDS=ends,
+            HEADS=heads,
+            WIDTH=width,
+            BLOCK=block,
+            TOKENS=tokens,
+            TILES=_BACKWARD_TILES,
+            num_warps=_NUM_WARPS,
+        )
     return grad_qkv, bias_sums.sum(dim=(0, 1)), scale_sums.sum(dim=(0, 1))
