@@ -7,7 +7,7 @@ import torch
 
 from varcli.tokenizer import TokenizerConfig
 from varcli.tokenizer.agreement import ENOUGH, measure_agreement
-from varcli.tokenizer.batch_encoder import BatchEncoder, default_batch_size
+from varcli.tokenizer.batch_encoder import BatchEncoder, _FastPath, default_batch_size
 
 
 @pytest.fixture
@@ -44,9 +44,10 @@ def test_an_images_codes_do_not_depend_on_the_batch_and_the_tokenizer_stays_as_i
 
 def test_channels_last_alone_changes_no_code(tiny_tokenizer, images):
     # sums of a convolution come in another order, far below what moves a vector to another code
-    fast = BatchEncoder(tiny_tokenizer, torch.bfloat16, 5)._fast
+    fast = _FastPath(tiny_tokenizer, torch.channels_last)
     with torch.no_grad():
         assert torch.equal(fast(images), tiny_tokenizer.encode(images.float() / 127.5 - 1))
+    assert fast.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_float32_agrees_with_itself_on_everything(tiny_tokenizer, images):

@@ -54,9 +54,10 @@ class BatchEncoder:
     """Turns uint8 images (B, 3, H, W) into codes (B, L).
 
     In float32 the encoder computes without TF32 and with kernels that are the same each time: the codes that all others
-    are compared with. In bf16 and fp16 a copy of the encoder computes in autocast with channels last, compiled if wanted;
-    there the quantizer still computes in float32, its distances as one matrix product a scale, and batches are filled up
-    to one size, so that one compiled program serves all of them and an image's codes do not depend on its neighbours.
+    are compared with. In bf16 and fp16 a copy of the encoder computes in autocast, on CUDA with channels last, compiled if
+    wanted; there the quantizer still computes in float32 without TF32, distances as one matrix product a scale, and batches
+    are filled up to one size, so that one compiled program serves all of them and an image's codes do not depend on its
+    neighbours.
 
     model: on the device, in eval mode; it is left as it is. dtype: of the encoder. batch_size: images at a time, at most.
     on_failure: told why torch.compile has to be left out, where it does not work here; None makes that an error.
@@ -77,7 +78,9 @@ class BatchEncoder:
         self.is_exact = dtype == torch.float32
         self.is_compiled = is_compiled and not self.is_exact
         self._on_failure = on_failure
-        self._fast = None if self.is_exact else _FastPath(model).to(self.device, memory_format=torch.channels_last)
+        # tensor cores convolve channels-last maps as they are; torch's group norm on a CPU rounds more in that layout
+        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        self._fast = None if self.is_exact else _FastPath(model, layout)
         self._run = torch.compile(self._fast, dynamic=False) if self.is_compiled else self._fast
 
     @torch.no_grad()
@@ -93,7 +96,7 @@ class BatchEncoder:
             filled[:count] = images
             images = filled
         try:
-            with autocast(self.device, self.dtype):
+            with exact_convolutions(), autocast(self.device, self.dtype):
                 return self._run(images)[:count]
         except RuntimeError as error:
             if not self.is_compiled or self._on_failure is None or isinstance(error, torch.OutOfMemoryError):
@@ -118,13 +121,14 @@ class BatchEncoder:
 class _FastPath(nn.Module):
     """The encoder's half of a tokenizer, on its own so that its layout can be another."""
 
-    def __init__(self, model: VQVAE) -> None:
+    def __init__(self, model: VQVAE, layout: torch.memory_format) -> None:
         super().__init__()
+        self.layout = layout
         self.encoder, self.pre_conv, self.quantizer = (
-            copy.deepcopy(part) for part in (model.encoder, model.pre_conv, model.quantizer)
+            copy.deepcopy(part).to(memory_format=layout) for part in (model.encoder, model.pre_conv, model.quantizer)
         )
 
     def forward(self, images_u8: Tensor) -> Tensor:
         """Bytes (B, 3, H, W) to codes (B, L); the caller chooses the precision by autocast."""
-        pixels = pixels_to_floats(images_u8).contiguous(memory_format=torch.channels_last)
+        pixels = pixels_to_floats(images_u8).contiguous(memory_format=self.layout)
         return self.quantizer.encode(self.pre_conv(self.encoder(pixels)))
