@@ -91,6 +91,38 @@ def test_workers_write_what_is_written_without_them(model, tmp_path):
     assert len(files[0]) == 10 and files[0] == files[1]
 
 
+def test_rejection_is_told_in_the_manifest_and_by_eval(model, tiny_images, tiny_transformer, tmp_path):
+    info = read_manifest(model / "transformer").info
+    info = {name: value for name, value in info.items() if name != "config"}
+    save_transformer(model / "transformer", tiny_transformer, {**info, "source": str(tiny_images)})
+    common = ["sample", "--model", model, "--classes", "all", "--per-class", 2, "--device", "cpu", "--reject", "1/2"]
+    done = run(*common, "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.output
+    assert (json.loads(done.stdout)["images"], json.loads(done.stdout)["drawn"]) == (6, 12)
+    assert read_manifest(tmp_path / "out").info["scorer"]["accuracy"] is not None
+    plain = [
+        "sample",
+        "--model",
+        model,
+        "--classes",
+        "all",
+        "--per-class",
+        4,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "all",
+    ]
+    assert run(*plain).exit_code == 0
+    for image in (tmp_path / "out").glob("0*.png"):
+        assert image.read_bytes() == (tmp_path / "all" / image.name).read_bytes()
+    page = tmp_path / "report.html"
+    told = run("eval", tmp_path / "out", "--html", page, "--device", "cpu", "--no-keep", "--features", "lite0")
+    assert told.exit_code == 0, told.output
+    assert "-re: 1/2 of the candidates kept" in told.stdout and "marked -re" in told.stderr
+    assert "(-re: 1/2 of the candidates kept)" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -101,6 +133,8 @@ def test_workers_write_what_is_written_without_them(model, tmp_path):
         (["--top-k", "-3"], "top-k"),
         (["--cfg-schedule", "sine"], "linear"),
         (["--classes", "some"], "all"),
+        (["--reject", "5/4"], "K from 1 to N"),
+        (["--reject", "1/2"], "does not say which"),
         (["--classes", "all", "--class", "apple"], "one of them"),
         (["--device", "cuda:99"], "cuda"),
     ],

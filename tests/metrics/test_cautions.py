@@ -82,6 +82,7 @@ TRAPS = {
     "JPEG once": ({"pixels": PixelTraces(grid_contrast=1.2, is_truncated=False)}, "a grid of 8 pixels"),
     "truncated": ({"pixels": PixelTraces(grid_contrast=1.0, is_truncated=True)}, "half a grey level"),
     "smooth": ({"info": {"smooth": True}}, "--smooth"),
+    "rejection": ({"info": {"reject": "1/4"}}, "(1/4), so these results are marked -re"),
     "labels from 1": (
         {"samples": images(labels=1 + np.arange(50_000) % 1000)},
         "run from 1 to 1000 and leave out 1 of",

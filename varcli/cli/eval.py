@@ -212,7 +212,8 @@ def show(result: Any) -> None:
         ("metric", "samples", "real images", "better") if result.floor else ("metric", "samples", "better"), rows
     )
     console.result("")
-    console.result(f"samples:     {images(result.samples)}")
+    kept = f"; -re: {result.rejection} of the candidates kept" if result.rejection else ""
+    console.result(f"samples:     {images(result.samples)}{kept}")
     if result.reference is not None:
         console.result(f"reference:   {images(result.reference)}")
     if result.floor:
@@ -235,7 +236,7 @@ def _show_published(result: Any) -> None:
     """Print where the result stands among published ones."""
     from varcli.metrics.published import OWN, neighbours
 
-    own = (OWN, str(result.samples["path"]), result.metrics["fid"], result.metrics.get("inception_score"))
+    own = (OWN, f"{result.samples['path']}{result.mark}", result.metrics["fid"], result.metrics.get("inception_score"))
     near = neighbours(result.published, result.metrics["fid"])
     rows = [(row.kind, row.model, row.fid, row.inception_score) for row in near]
     rows = sorted([*rows, own], key=lambda row: row[2])

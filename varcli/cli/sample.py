@@ -64,6 +64,16 @@ def sample(
         ),
     ] = None,
     npz: Annotated[bool, Option("--npz", help="Also write samples.npz, as evaluation suites read it.")] = False,
+    reject: Annotated[
+        str | None,
+        Option(
+            "--reject",
+            metavar="K/N",
+            help="Draw N candidates for every K images, and keep those that a classifier finds likeliest to be of their "
+            "class; results are marked -re.",
+            show_default=False,
+        ),
+    ] = None,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = None,
     workers: Annotated[
@@ -98,6 +108,7 @@ def sample(
     from varcli.progress import ignore
     from varcli.sampling import Generator, SampleConfig
     from varcli.sampling.models import find_model
+    from varcli.sampling.reject import Rejection
     from varcli.sampling.write import sample_to_folder
 
     if classes not in (None, "all"):
@@ -118,6 +129,7 @@ def sample(
     with join_world(device) as (world, own_device):
         if world.is_first:
             console.note(f"model: {found.description}")
+        rejection = None if reject is None else Rejection.parse(reject)
         generator = Generator.load(found.folder, own_device, precision)
         suggested = {} if given else generator.suggested  # one setting of one's own, and the rest are the usual ones
         if suggested and world.is_first:
@@ -144,6 +156,7 @@ def sample(
             columns=columns,
             npz=npz,
             workers=workers,
+            rejection=rejection,
             on_step=console.progress("sampling") if world.is_first else ignore,
             world=world,
         )

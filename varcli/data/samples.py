@@ -224,10 +224,12 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
         info: Mapping[str, Any] | None = None,
         columns: int | None = None,
         npz: bool = False,
+        extra: Iterable[str] = (),
     ) -> Manifest:
         """Write the grid of `wanted`, and the manifest (and npz if asked for) of all samples in the folder, by class.
 
-        columns: of the grid, see `choose_for_grid`. info: added to the settings in the manifest. Raises ArtifactError if
+        columns: of the grid, see `choose_for_grid`. info: added to the settings in the manifest. extra: other files of the
+        folder, for the manifest to name. Raises ArtifactError if
         an image is missing or cannot be read back.
         """
         pairs = list(wanted)
@@ -249,8 +251,8 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
             raise ArtifactError(
                 f"a sample was damaged since it was written: {error}", "delete it and run again"
             ) from None
-        extra = [GRID_NAME, NPZ_NAME] if npz else [GRID_NAME]
-        manifest = write_manifest(self.out, SAMPLES_KIND, {**self.settings, **(info or {})}, files=[*names, *extra])
+        files = [*names, GRID_NAME, *([NPZ_NAME] if npz else []), *extra]
+        manifest = write_manifest(self.out, SAMPLES_KIND, {**self.settings, **(info or {})}, files=files)
         (self.out / _PLAN_NAME).unlink(missing_ok=True)
         return manifest
 

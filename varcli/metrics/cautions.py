@@ -156,6 +156,15 @@ def _smooth(found: Findings) -> Iterator[str]:
         )
 
 
+def _rejected(found: Findings) -> Iterator[str]:
+    kept = found.info.get("reject")
+    if kept:
+        yield (
+            f"a classifier chose which candidates to keep ({kept}), so these results are marked -re: by most measures they are "
+            "better than the model is; compare them only with others marked so"
+        )
+
+
 def _label_numbers(found: Findings) -> Iterator[str]:
     source = found.samples
     if source is None or source.labels is None or not len(source.labels):
@@ -256,6 +265,7 @@ CHECKS: tuple[Callable[[Findings], Iterator[str]], ...] = (
     _jpeg_traces,
     _truncated,
     _smooth,
+    _rejected,
     _label_numbers,
     _class_mix,
     _stored_statistics,

@@ -47,6 +47,7 @@ _SETTINGS = (
     "precision",
     "guidance",
     "transformer",
+    "reject",
 )
 _SHUFFLE_SEED = 0  # of the order in which the Inception Score reads a folder, and of the halves of a reference
 
@@ -366,6 +367,8 @@ def _describe_samples(opened: Samples) -> dict[str, Any]:
     """What the samples' manifest says of how they were drawn, and how many there are of each class."""
     info, described = opened.info or {}, dict[str, Any]()
     settings = {name: info[name] for name in _SETTINGS if name in info}
+    if settings.get("reject") is None:
+        settings.pop("reject", None)
     if settings:
         described["settings"] = settings
     if opened.images is not None and opened.images.labels is not None:

@@ -54,6 +54,16 @@ class EvalResult:
     neighbours: tuple[Neighbours, ...] = ()  # of a few samples, where they were asked for
     class_counts: dict[str, int] = field(default_factory=dict)  # samples of each class, where the classes are known
 
+    @property
+    def rejection(self) -> str | None:
+        """K/N where the samples are the K of N candidates that a classifier liked best, which names are marked "-re" for."""
+        return self.samples.get("settings", {}).get("reject")
+
+    @property
+    def mark(self) -> str:
+        """What goes behind the name of these samples: "-re" after rejection sampling."""
+        return "-re" if self.rejection else ""
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object: each number under its own name, the rest beside them; no pictures."""
         return {

@@ -80,7 +80,11 @@ def _headline(result: EvalResult) -> str:
     count = result.samples.get("count")
     images = f"{count:,} images" if isinstance(count, int) else "statistics"
     against = f" against {result.reference['path']}" if result.reference else ""
-    return f"{images} of {result.samples['path']}{against}, in {result.features['network']} features"
+    return f"{images} of {result.samples['path']}{_marked(result)}{against}, in {result.features['network']} features"
+
+
+def _marked(result: EvalResult) -> str:
+    return f" ({result.mark}: {result.rejection} of the candidates kept)" if result.mark else ""
 
 
 def _metrics(result: EvalResult) -> str:
@@ -109,7 +113,7 @@ def _published(result: EvalResult) -> str:
     count = result.samples["count"]
     own = Published(
         kind=OWN,
-        model=str(result.samples["path"]),
+        model=f"{result.samples['path']}{result.mark}",
         fid=result.metrics["fid"],
         inception_score=result.metrics.get("inception_score"),
         precision=result.metrics.get("precision"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from varcli.data.saver import ImageSaver
 from varcli.distributed import ALONE, World
 from varcli.progress import OnStep, Step, ignore
 from varcli.sampling.generator import Generator
+from varcli.sampling.reject import SCORES_NAME, Judge, Pair, Rejection, ScoreBook
 from varcli.sampling.settings import SampleConfig
 
 _WORKERS_FROM = 64  # images; below it, starting processes takes longer than encoding
@@ -44,6 +45,7 @@ def sample_to_folder(
     columns: int | None = None,
     npz: bool = False,
     workers: int | None = None,
+    rejection: Rejection | None = None,
     on_step: OnStep = ignore,
     world: World = ALONE,
 ) -> SampleResult:
@@ -52,52 +54,116 @@ def sample_to_folder(
     wanted: (class index, index within the class) of each image. model: how the model is called, for the manifest, which
     also names the images the model learned from: `varcli eval` measures against them. npz: also write the array that
     evaluation suites read. workers: processes that encode and write PNGs while the next batch is drawn; 0 does it here, None
-    chooses. world: processes that share the images and all call this, each with a generator on a device of its own; the
-    images are those of one process, on a CPU byte for byte.
-    Raises ConfigError if `out` holds samples made with other settings, ArtifactError if it cannot be written, DataError if
-    a worker is killed; what was finished is kept.
+    chooses. rejection: draw more candidates and keep the best, so that the images of a class are not numbered in a row any
+    more; the scores of all candidates stay in the folder. world: processes that share the images and all call this, each
+    with a generator on a device of its own; the images are those of one process, on a CPU byte for byte.
+    Raises ConfigError if `out` holds samples made with other settings or nothing can judge candidates, ArtifactError if it
+    cannot be written, DataError if a worker is killed; what was finished is kept.
     """
     config = config or SampleConfig()
     precision = str(generator.dtype(config)).removeprefix("torch.")
     settings = {**configs.to_dict(config), "precision": precision, "tokenizer": generator.tokenizer.fingerprint()}
     settings |= {"transformer": generator.weights_sha256, "model": model, "classes": list(generator.classes.names)}
+    settings |= {"reject": None if rejection is None else str(rejection)}
     info = {
         "image_size": generator.tokenizer.config.image_size,
         "guidance": "(1 + t) * cond - t * uncond",
         **({"reference": generator.source} if generator.source else {}),
     }
     with ExitStack() as stack:
+        if rejection is not None and world.is_first and not Path(out).exists():
+            from varcli.sampling.scorer import require_images
+
+            require_images(generator.classes, generator.source)
         writer = stack.enter_context(SamplesWriter(out, settings)) if world.is_first else None
+        job = _Job(generator, Path(out), config, batch_size, workers, on_step, world)
+        num_drawn, extra = 0, []
+        if rejection is not None:
+            wanted, num_drawn, book = job.judge(wanted, rejection)
+            info["scorer"] = book.scorer
+            extra = [SCORES_NAME]
+            if writer is not None:
+                writer.add(wanted)
         missing = _tell_missing(writer, wanted, world)
-        own = world.share(missing)
-        if workers is None:
-            workers = _choose_workers(generator, len(own))
-        with ImageSaver(out, workers) as saver:
-            done = 0
-            for images in _batches(generator, own, config, batch_size):
-                saver.save([sample_name(*pair) for pair in own[done : done + len(images)]], images)
-                done += len(images)
-                on_step(Step(min(world.size * done, len(missing)), len(missing), unit="images"))
+        with job.open_saver(len(missing)) as saver:
+            job.draw(world.share(missing), len(missing), lambda pairs, images: saver.save(_names(pairs), images))
         world.wait()
         num_images = len(wanted)
         if writer is not None:
             writer.add(missing)
-            manifest = writer.finish(wanted, info, columns=columns, npz=npz)
+            if rejection is not None:
+                book.finish()
+            manifest = writer.finish(wanted, info, columns=columns, npz=npz, extra=extra)
             num_images = sum(sample_class(name) is not None for name in manifest.files)
-    return SampleResult(folder=Path(out), grid=Path(out) / GRID_NAME, num_images=num_images, num_drawn=len(missing))
+    num_drawn += len(missing)
+    return SampleResult(folder=Path(out), grid=Path(out) / GRID_NAME, num_images=num_images, num_drawn=num_drawn)
 
 
-def _batches(
-    generator: Generator, pairs: Sequence[tuple[int, int]], config: SampleConfig, batch_size: int | None
-) -> Iterator[Tensor]:
-    if pairs:
-        classes, indices = zip(*pairs, strict=True)
-        yield from generator.batches(classes, indices, config, batch_size)
+@dataclass(frozen=True)
+class _Job:
+    """What one process of a world draws with, and where to."""
+
+    generator: Generator
+    out: Path
+    config: SampleConfig
+    batch_size: int | None
+    workers: int | None
+    on_step: OnStep
+    world: World
+
+    def open_saver(self, count: int) -> ImageSaver:
+        """Choose how many processes encode: none where a CPU draws, which takes far longer, or for a few images."""
+        if self.workers is not None:
+            return ImageSaver(self.out, self.workers)
+        is_worth_it = self.generator.device.type != "cpu" and count >= _WORKERS_FROM * self.world.size
+        return ImageSaver(self.out, min(default_workers(), _MAX_WORKERS) if is_worth_it else 0)
+
+    def draw(self, pairs: Sequence[Pair], total: int, take: Callable[[Sequence[Pair], Tensor], None]) -> None:
+        """Draw the (class, index) of this process, and hand over each batch; `total` is what all processes draw."""
+        if not pairs:
+            return
+        done, (classes, indices) = 0, zip(*pairs, strict=True)
+        for images in self.generator.batches(classes, indices, self.config, self.batch_size):
+            take(pairs[done : done + len(images)], images)
+            done += len(images)
+            self.on_step(Step(min(self.world.size * done, total), total, unit="images"))
+
+    def judge(self, wanted: Sequence[Pair], rejection: Rejection) -> tuple[list[Pair], int, ScoreBook]:
+        """Draw the candidates that have no score yet, and save what wins among them.
+
+        Returns the winners, which may be on disk or not, how many candidates all processes drew, and the scores.
+        """
+        world, book = self.world, ScoreBook(self.out, self.world.rank)
+        book.read()
+        groups = rejection.groups(wanted)
+        lacking = {
+            group: ranks
+            for group, ranks in groups.items()
+            if not all(pair in book.scores for pair in rejection.candidates(group))
+        }
+        world.wait()  # all have read before one writes
+        (is_needed,) = world.largest(len(lacking))
+        if is_needed:
+            from varcli.sampling.scorer import make_scorer
+
+            generator = self.generator
+            side = generator.tokenizer.config.image_size
+            scorer = make_scorer(generator.classes, generator.source, side, generator.device, world)
+            if world.is_first:
+                book.describe({"name": scorer.name, "accuracy": scorer.accuracy})
+            own = dict(world.share(list(lacking.items())))
+            total = sum(pair not in book.scores for group in lacking for pair in rejection.candidates(group))
+            with self.open_saver(len(lacking)) as saver:
+                judge = Judge(rejection, own, scorer, book, lambda pairs, images: saver.save(_names(pairs), images))
+                self.draw(judge.missing(), total, judge)
+            world.wait()
+            book.read()
+        winners = [pair for group, ranks in groups.items() for pair in rejection.winners(group, ranks, book.scores)]
+        return winners, total if is_needed else 0, book
 
 
-def _choose_workers(generator: Generator, count: int) -> int:
-    """Return how many processes encode: none where a CPU draws, which takes far longer, or for a few images."""
-    return 0 if generator.device.type == "cpu" or count < _WORKERS_FROM else min(default_workers(), _MAX_WORKERS)
+def _names(pairs: Sequence[Pair]) -> list[str]:
+    return [sample_name(*pair) for pair in pairs]
 
 
 def _tell_missing(
