@@ -47,8 +47,8 @@ CONFIG = TrainConfig(
     tensorboard=False,
 )  # all that is drawn for a batch is at work, and four processes still take it in two pieces each
 
-# what each process runs: jobs are [name of the run, run whose first two steps it goes on from, config, signal that the last
-# process sends itself before the fourth step]
+# what each process runs: jobs are [name of the run, run whose first two steps it goes on from, config, what happens to the last
+# process at the fourth step: a signal, or NAN]
 PROGRAM = """
     import json, os, shutil, signal, sys
     from pathlib import Path
@@ -63,9 +63,16 @@ PROGRAM = """
     root, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     right, deed = TransformerTrainer.train_step, None
     def train_step(self, step):
-        if step == 3 and self.world.rank == self.world.size - 1 and deed:
+        if step != 3 or self.world.rank != self.world.size - 1 or not deed:
+            return right(self, step)
+        if deed != "NAN":
             os.kill(os.getpid(), getattr(signal, deed))
-        return right(self, step)
+            return right(self, step)
+        measure = self.objective.loss
+        self.objective.loss = lambda *inputs: tuple(float("nan") * part for part in measure(*inputs))
+        values = right(self, step)
+        self.objective.loss = measure
+        return values
     TransformerTrainer.train_step = train_step
     def tell(about):
         print(world.rank, type(about).__name__, getattr(about, "message", None), flush=True)
@@ -95,6 +102,8 @@ IN_TWO = [
     ("fsdp2", None, {"parallel": "fsdp"}, None),
     ("one to fsdp2", "one", {"parallel": "fsdp"}, None),
     ("stopped", None, {"parallel": "fsdp"}, "SIGTERM"),
+    ("spoilt ddp", None, {"parallel": "ddp"}, "NAN"),
+    ("spoilt fsdp", None, {"parallel": "fsdp"}, "NAN"),
     ("one host", None, {"parallel": "hsdp"}, None),
     ("bfloat16", None, {"parallel": "fsdp", "precision": "bf16"}, None),
 ]
@@ -200,6 +209,20 @@ def test_a_signal_to_one_process_stops_all_with_the_state_saved(root):
     codes, out, err = said(root, 0)
     assert codes == [0, 0], err
     assert "refused stopped 75 stopped by SIGTERM after step 4 of 5; the state is saved" in out
+
+
+@pytest.mark.parametrize("name", ["spoilt ddp", "spoilt fsdp"])
+def test_a_loss_that_is_no_number_in_one_process_is_skipped_by_all(root, name):
+    assert [line["step"] for line in read_log(root / name, "event")] == [4]
+    assert [line["step"] for line in read_log(root / name, "train") if "loss" in line] == [1, 2, 3, 5]
+    assert log(root, name, "loss", "validation")[-1] == pytest.approx(
+        log(root, "one", "loss", "validation")[-1], rel=0.01
+    )
+
+
+def test_another_number_of_processes_is_said(root):
+    _, out, _ = said(root, 1)
+    assert "going on from step 2 of 5, with 4 processes instead of 2" in out
 
 
 def test_a_process_that_dies_ends_all_with_one_message(root):

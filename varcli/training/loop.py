@@ -146,6 +146,7 @@ class _Loop:
         self.parent: str | None = None
         self.saved_step: int | None = None
         self.pending: list[str] = []
+        self.before = self.world.size  # processes that wrote the checkpoint
         if run.checkpoint is not None:
             folder, manifest = run.checkpoint
             load_checkpoint(folder, manifest, trainer.parts)
@@ -155,6 +156,7 @@ class _Loop:
             self.pending = [name for name in manifest.info.get("pending", []) if getattr(config, f"{name}_every")]
             self.policy.steps = list(manifest.info.get("skipped_steps", []))
             self.parent, self.saved_step = manifest.digest, self.result.step
+            self.before = int(manifest.info.get("processes", self.before))
             trainer.recall(manifest.info.get("remembered", {}))
         self.world.wait()  # for a processor's work that takes long, such as decoding; a GPU that waits says nothing
         trainer.parts.start_alike(self.world)
@@ -177,7 +179,11 @@ class _Loop:
         if self.result.step == config.steps:
             self._report(f"`{self.run_folder.path}` has all its {config.steps:,} steps already")
         elif self.result.step:
-            self._report(f"going on from step {self.result.step:,} of {config.steps:,}")
+            # the order of samples stays; sums are added up in another one, so that the last digits differ
+            others = (
+                f", with {self.world.size} processes instead of {self.before}" if self.before != self.world.size else ""
+            )
+            self._report(f"going on from step {self.result.step:,} of {config.steps:,}{others}")
         self._look(self.pending)
         self.window_start = self.last_save = time.monotonic()
         for step in range(self.result.step, config.steps):
@@ -331,6 +337,7 @@ class _Loop:
                 "trained": self.trainer.published,
                 "run": self.run_folder.digest,
                 "parent": self.parent,
+                "processes": self.world.size,
                 "seconds": round(self.result.seconds, 3),
                 "best": self.result.best,
                 "skipped_steps": self.policy.steps,
