@@ -7,7 +7,9 @@ import json
 import pytest
 from PIL import Image
 
+from varcli.artifacts.manifest import write_manifest
 from varcli.errors import ArtifactError
+from varcli.report import plots
 from varcli.report.curves import CURVES_NAME, discriminator_start, draw_curves, plot_records
 from varcli.report.plots import log_ticks, ticks_of
 
@@ -55,6 +57,44 @@ def test_a_transformers_run_has_curves_too():
     records = [{"kind": "train", "step": step, "loss": 7.0, "accuracy": 0.04} for step in (1, 2)]
     records.append({"kind": "validation", "step": 2, "loss": 6.0, "accuracy": 0.05, "loss_by_scale": [5.0, 6.0, 7.0]})
     assert plot_records(records).height == 2 * 320  # losses, accuracy, loss of each scale
+
+
+@pytest.fixture
+def written(monkeypatch) -> list[str]:
+    """The texts of all charts drawn."""
+    texts, plain = [], plots._Drawing._write
+
+    def write(self, x, y, text, *arguments, **options):
+        texts.append(text)
+        plain(self, x, y, text, *arguments, **options)
+
+    monkeypatch.setattr(plots._Drawing, "_write", write)
+    return texts
+
+
+@pytest.mark.parametrize("where", ["config", "tokenizer", "nowhere"])
+def test_scales_are_named_by_their_sides_where_the_run_tells_them(written, where, tmp_path):
+    write_log(tmp_path / "run", tokenizer_log())
+    config = {"tokenizer": {"patch_nums": [1, 2, 4]} if where == "config" else None}
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"kind": "tokenizer", "config": config}))
+    if where == "tokenizer":
+        (tmp_path / "run" / "tokenizer").mkdir()
+        write_manifest(tmp_path / "run" / "tokenizer", "tokenizer", {"config": {"patch_nums": [1, 2, 4]}}, files=[])
+    draw_curves(tmp_path / "run")
+    expected = ["scale 0", "scale 1", "scale 2"] if where == "nowhere" else ["1 x 1", "2 x 2", "4 x 4"]
+    assert set(expected) <= set(written)
+
+
+def test_the_axis_of_steps_is_named_and_has_a_number_even_for_one_point(written):
+    plot_records([{"kind": "validation", "step": 37, "psnr": 20.0}])
+    assert "steps" in written and "37" in written
+
+
+def test_a_missing_folder_is_said_to_be_missing(tmp_path):
+    write_log(tmp_path / "run", tokenizer_log())
+    with pytest.raises(ArtifactError, match="there is no folder") as caught:
+        draw_curves(tmp_path / "run", tmp_path / "none" / "curves.png")
+    assert "make that folder" in caught.value.hint
 
 
 def test_the_line_stands_where_the_discriminator_is_first_heard():

@@ -186,6 +186,10 @@ def publish_file(part: Path, target: Path) -> None:
 
 
 def _write_error(path: Path, error: OSError) -> ArtifactError:
+    if error.errno == errno.ENOENT and not path.parent.exists():
+        return ArtifactError(
+            f"cannot write `{path}`: there is no folder `{path.parent}`", "make that folder, or choose another --out"
+        )
     hint = "choose another --out, or change its permissions"
     if error.errno in _DISK_FULL:
         hint = "free some space and run the same command again: what was finished is kept"

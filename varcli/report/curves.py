@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import Any
 
 from PIL import Image
 
+from varcli.artifacts.verify import read_json, read_manifest
 from varcli.data.png import save_png
-from varcli.data.runs import LOG_NAME, numbers_of, read_log
+from varcli.data.runs import CONFIG_NAME, LOG_NAME, numbers_of, read_log
 from varcli.errors import ArtifactError
 from varcli.report.plots import COLOURS, Chart, Curve, draw_charts, is_wide
 
@@ -58,7 +60,7 @@ def draw_curves(run: Path, out: Path | None = None) -> Path:
     run = Path(run)
     if not (run / LOG_NAME).is_file():
         raise ArtifactError(f"`{run}` holds no {LOG_NAME}", "give the folder of a run of train or train-tokenizer")
-    image = plot_records(read_log(run))
+    image = plot_records(read_log(run), _sides_of(run))
     if image is None:
         raise ArtifactError(f"`{run / LOG_NAME}` holds no numbers yet", "train for some steps more")
     path = out or run / CURVES_NAME
@@ -66,9 +68,12 @@ def draw_curves(run: Path, out: Path | None = None) -> Path:
     return path
 
 
-def plot_records(records: Sequence[Mapping[str, Any]]) -> Image.Image | None:
-    """Draw the panels that lines of a log, as `read_log` returns them, have numbers for; None if there are none."""
-    panels = [(panel, curves) for panel in PANELS if (curves := _curves(panel, records))]
+def plot_records(records: Sequence[Mapping[str, Any]], sides: Sequence[int] = ()) -> Image.Image | None:
+    """Draw the panels that lines of a log, as `read_log` returns them, have numbers for; None if there are none.
+
+    sides: of the scales, which name them; without them they are numbered.
+    """
+    panels = [(panel, curves) for panel in PANELS if (curves := _curves(panel, records, sides))]
     if not panels:
         return None
     steps = [step for _, curves in panels for curve in curves for step, _ in (*curve.line, *curve.dots)]
@@ -98,7 +103,20 @@ def discriminator_start(records: Iterable[Mapping[str, Any]]) -> int | None:
     return None
 
 
-def _curves(panel: Panel, records: Sequence[Mapping[str, Any]]) -> list[Curve]:
+def _sides_of(run: Path) -> Sequence[int]:
+    """Sides of the scales of a run, from its config or the tokenizer in it; nothing if neither tells."""
+    tokenizer = None
+    with contextlib.suppress(ArtifactError):  # names are not worth a picture
+        stored = read_json(run / CONFIG_NAME)
+        config = stored.get("config") if isinstance(stored, dict) else None
+        tokenizer = config.get("tokenizer") if isinstance(config, dict) else None
+    with contextlib.suppress(ArtifactError):
+        tokenizer = tokenizer or read_manifest(run / "tokenizer").info.get("config")
+    sides = tokenizer.get("patch_nums") if isinstance(tokenizer, dict) else None
+    return sides if isinstance(sides, list) else ()
+
+
+def _curves(panel: Panel, records: Sequence[Mapping[str, Any]], sides: Sequence[int]) -> list[Curve]:
     named = [("train", name, name.replace("_", " ")) for name in panel.train]
     named += [("validation", name, _shown(panel, name)) for name in panel.validation]
     curves = [
@@ -106,7 +124,7 @@ def _curves(panel: Panel, records: Sequence[Mapping[str, Any]]) -> list[Curve]:
         for number, (kind, name, shown) in enumerate(named)
     ]
     if panel.by_scale is not None:
-        curves += _scale_curves(panel.by_scale, records)
+        curves += _scale_curves(panel.by_scale, records, sides)
     return [curve for curve in curves if curve.line]
 
 
@@ -127,7 +145,7 @@ def _shown(panel: Panel, name: str) -> str:
     return "all scales" if name == panel.by_scale else f"validation {name}".replace("_", " ")
 
 
-def _scale_curves(name: str, records: Sequence[Mapping[str, Any]]) -> list[Curve]:
+def _scale_curves(name: str, records: Sequence[Mapping[str, Any]], sides: Sequence[int]) -> list[Curve]:
     scales = {
         int(match[2])
         for record in records
@@ -139,7 +157,8 @@ def _scale_curves(name: str, records: Sequence[Mapping[str, Any]]) -> list[Curve
     for scale in sorted(scales):
         share = scale / (max(scales) or 1)
         red, green, blue = (round(a + (b - a) * share) for a, b in zip(_COARSE, _FINE, strict=True))
-        curves.append(_curve(f"scale {scale}", (red, green, blue), records, "validation", f"{name}_scale_{scale}"))
+        shown = f"{sides[scale]} x {sides[scale]}" if max(scales) < len(sides) else f"scale {scale}"
+        curves.append(_curve(shown, (red, green, blue), records, "validation", f"{name}_scale_{scale}"))
     return curves
 
 

@@ -174,7 +174,9 @@ class _Drawing:
             pen.line([(self.left * _FINER, y), (self.right * _FINER, y)], fill=_FAINT, width=_FINER)
             self._write(self.left - 6, y / _FINER, f"{tick:g}", "rm")
         bottom = self._value_at(self.y_range[0])
-        for tick in ticks_of(*self.x_range, count=5 if self.right - self.left < 500 else 8):
+        few = 5 if self.right - self.left < 500 else 8
+        first, last = self.x_range
+        for tick in ticks_of(first, last, few) if first < last else (first,):
             if self.x_range[0] <= tick <= self.x_range[1]:
                 self._write(self._at(tick, bottom)[0] / _FINER, self.bottom + 7, short_number(tick), "mt")
         self._write(self.right, self.bottom + 24, chart.x_name, "rt", fill=_QUIET)
@@ -217,7 +219,8 @@ class _Drawing:
 
     def _at(self, x: float, value: float) -> tuple[float, float]:
         """Where a point lies, in pixels of the picture before it is shrunk."""
-        across = (x - self.x_range[0]) / ((self.x_range[1] - self.x_range[0]) or 1)
+        reach = self.x_range[1] - self.x_range[0]
+        across = (x - self.x_range[0]) / reach if reach else 0.5
         up = (self.scale(value) - self.y_range[0]) / ((self.y_range[1] - self.y_range[0]) or 1)
         across = self.left + across * (self.right - self.left)
         return across * _FINER, (self.bottom - up * (self.bottom - self.top)) * _FINER
