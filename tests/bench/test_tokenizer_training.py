@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from varcli.bench import calibrate
 from varcli.bench.config import BenchConfig
 from varcli.bench.counting import count_forward
-from varcli.bench.stages import ALL, run_bench
+from varcli.bench.stages import STAGES, run_bench
 from varcli.bench.tokenizer_training import (
     tokenizer_training_flops,
     tokenizer_training_stage,
@@ -114,8 +114,11 @@ def test_a_training_step_is_measured_with_consistent_numbers():
     assert entry.tflops == pytest.approx(flops / entry.milliseconds * 1e3 / 1e12)
 
 
-def test_all_leaves_the_training_of_a_tokenizer_out():
-    assert ALL == ("tokenize", "train", "sample")
+def test_all_measures_every_stage_but_the_training_of_a_tokenizer(monkeypatch):
+    for name in STAGES:
+        monkeypatch.setitem(STAGES, name, lambda *_, name=name: {name: (lambda: lambda: None, 1.0)})
+    found = run_bench("all", BenchConfig(batch_sizes=(2,), repeats=1, device="cpu"))
+    assert {entry.stage for entry in found.measurements} == STAGES.keys() - {"train-tokenizer"}
 
 
 def test_schedule_and_width_name_the_small_architecture():
@@ -149,4 +152,5 @@ def test_the_command_takes_settings_as_training_does():
 
 def test_settings_for_another_stage_are_refused():
     result = CliRunner().invoke(app, ["bench", "tokenize", "--set", "perceptual_weight=0"])
-    assert isinstance(result.exception, ConfigError) or result.exit_code == 1
+    assert result.exit_code == 1
+    assert "--config and --set belong to train-tokenizer, but the stage is tokenize" in " ".join(result.stderr.split())

@@ -1,12 +1,19 @@
-"""What a discriminator sees: both of a pair changed alike, each image its own way, with gradients."""
+"""What is drawn at random: pairs changed alike, each image its own way, with gradients; moves; scales left out."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from varcli.errors import ConfigError
-from varcli.tokenizer.augment import AUGMENTATIONS, augment_pair
+from varcli.tokenizer.augment import (
+    AUGMENTATIONS,
+    augment_pair,
+    draw_kept_scales,
+    mirror_and_shift,
+    take_pixels,
+)
 
 
 def dice(seed: int = 0) -> torch.Generator:
@@ -81,3 +88,34 @@ def test_gradients_reach_the_reconstructions_through_every_change():
     _, seen = augment_pair(images, fake, tuple(AUGMENTATIONS), dice())
     seen.square().sum().backward()
     assert fake.grad.isfinite().all() and (fake.grad != 0).flatten(1).any(dim=1).all()
+
+
+def test_mirrored_and_shifted_images_are_the_same_pixels_moved():
+    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=dice()).repeat(8, 1, 1, 1)
+    plain = images.float() / 127.5 - 1
+    assert torch.equal(mirror_and_shift(images, flip=False, shift=0, generator=dice()), plain)
+    mirrored = mirror_and_shift(images, flip=True, shift=0, generator=dice())
+    is_same, is_mirrored = (
+        [torch.equal(after, before) for after, before in zip(mirrored, expected, strict=True)]
+        for expected in (plain, plain.flip(3))
+    )
+    assert all(a != b for a, b in zip(is_same, is_mirrored, strict=True)) and any(is_same) and any(is_mirrored)
+    shifted = mirror_and_shift(images, flip=False, shift=2, generator=dice())
+    for before, after in zip(plain, shifted, strict=True):
+        padded = F.pad(before.unsqueeze(0), (2, 2, 2, 2), mode="replicate")[0]
+        assert any(torch.equal(after, padded[:, i : i + 8, j : j + 8]) for i in range(5) for j in range(5))
+
+
+def test_pixels_from_outside_are_the_border_or_the_fill():
+    image = torch.arange(1.0, 5.0).view(1, 1, 2, 2)
+    places = torch.tensor([[-1, 0]])
+    assert take_pixels(image, places, places).flatten().tolist() == [1, 1, 1, 1]
+    assert take_pixels(image, places, places + 1, fill=9.0).flatten().tolist() == [9, 9, 1, 2]
+
+
+def test_dropped_scales_leave_at_least_the_coarsest():
+    kept = draw_kept_scales(1000, 3, 0.5, dice(), torch.device("cpu"))
+    assert set(kept.tolist()) == {1, 2, 3}
+    assert (kept == 3).float().mean() == pytest.approx(0.5, abs=0.06)
+    assert (draw_kept_scales(50, 3, 0.0, dice(), torch.device("cpu")) == 3).all()
+    assert (draw_kept_scales(50, 1, 1.0, dice(), torch.device("cpu")) == 1).all()

@@ -98,6 +98,32 @@ def test_each_epoch_has_every_image_once_in_another_crop(photos):
     assert len(changed) >= 10  # a crop of 18 x 22 to 16 px has 21 places
 
 
+@pytest.fixture(params=["memory", "stream"])
+def source(request, tmp_path, monkeypatch):
+    """Nine images of 16 px as each kind of ImageSource, and the images themselves."""
+    images = draw(9, 0, 16)
+    tree = open_images(write_pngs(tmp_path / "images", images), allow_single_class=True)
+    if request.param == "stream":
+        monkeypatch.setattr(pixels_module, "_MAX_BYTES", 100)
+    with open_pixels(tree, "train", 16, batch_size=4, seed=1, workers=0) as opened:
+        assert type(opened) is {"memory": Pixels, "stream": PixelStream}[request.param]
+        yield opened, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def test_every_source_of_images_keeps_the_contract(source):
+    found, images = source
+    assert len(found) == 9
+    whole = found.batch(0, 27)
+    assert (whole.dtype, whole.shape) == (torch.uint8, (27, 3, 16, 16))
+    rows = found.rows(0, 27)
+    assert all(sorted(rows[epoch : epoch + 9]) == list(range(9)) for epoch in (0, 9, 18)) and rows[:9] != rows[9:18]
+    assert torch.equal(whole, images[rows])
+    for position, count in ((0, 4), (4, 4), (20, 5), (3, 1)):
+        assert torch.equal(found.batch(position, count), whole[position : position + count])
+        assert found.rows(position, count) == rows[position : position + count]
+    assert torch.equal(found.spread(3), images[[0, 4, 8]]) and torch.equal(found.spread(100), images)
+
+
 def test_memory_and_stream_give_the_same_samples_of_images_that_have_the_size(tmp_path, monkeypatch):
     root = write_pngs(tmp_path / "images" / "a", draw(9, 0, 16)).parent
     (root / "b").mkdir()

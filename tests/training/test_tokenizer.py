@@ -28,7 +28,7 @@ from varcli.tokenizer.store import load_tokenizer
 from varcli.training import tokenizer, tokenizer_objective
 from varcli.training.checkpoint import list_checkpoints
 from varcli.training.tokenizer import _choose_architecture, train_tokenizer
-from varcli.training.tokenizer_objective import adversarial_share, augment, draw_kept_scales
+from varcli.training.tokenizer_objective import adversarial_share
 from varcli.training.tokenizer_settings import TokenizerTrainConfig
 from varcli.training.tokenizer_trainer import TokenizerTrainer
 
@@ -238,22 +238,6 @@ def test_the_discriminator_is_heard_late_and_softly():
     assert adversarial_share(49, settings) == 0
     assert adversarial_share(52, settings) == pytest.approx(0.2 * 2 / 5)
     assert adversarial_share(60, settings) == 0.2
-
-
-def test_augmented_images_are_the_same_pixels_moved():
-    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
-    still = augment(images, config(shift=0, flip=False), torch.Generator().manual_seed(0))
-    torch.testing.assert_close(still, images.float() / 127.5 - 1)
-    mirrored = augment(images, config(shift=0, flip=True), torch.Generator().manual_seed(1))
-    for before, after in zip(still, mirrored, strict=True):
-        assert torch.equal(after, before) or torch.equal(after, before.flip(2))
-
-
-def test_dropped_scales_leave_at_least_the_coarsest():
-    kept = draw_kept_scales(1000, config(scale_dropout=0.5), torch.Generator().manual_seed(0), CPU)
-    assert set(kept.tolist()) == {1, 2, 3}
-    assert (kept == 3).float().mean() == pytest.approx(0.5, abs=0.06)
-    assert (draw_kept_scales(50, config(scale_dropout=0.0), torch.Generator(), CPU) == 3).all()
 
 
 def test_with_nothing_held_out_images_of_training_are_measured(tiny_images, tmp_path):

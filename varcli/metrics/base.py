@@ -22,9 +22,8 @@ class FeatureSet:
     features: Rows | None = None  # float (N, D), pooled features, one row an image
     spatial: Rows | None = None  # float (N, 2023), Inception's spatial features, for sFID
     logits: Rows | None = None  # float (N, classes)
-    logits_order: np.ndarray | None = (
-        None  # permutation of the N rows, in which the Inception Score reads; None as they are
-    )
+    # permutation of the N rows, in which the Inception Score reads; None as they are
+    logits_order: np.ndarray | None = None
     statistics: Statistics | None = None  # of the features of a whole data set, of which `features` may be a part
     spatial_statistics: Statistics | None = None  # likewise of the spatial features
 

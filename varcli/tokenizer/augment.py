@@ -1,7 +1,11 @@
-"""Random changes that images and reconstructions share before a discriminator sees them, so that it cannot learn its
-images by heart: differentiable augmentation (DiffAugment, arXiv:2006.10738, Sec. 3.2, and its released strengths).
+"""What is drawn at random while a tokenizer learns: moves of its images, scales left out, changes before the discriminator.
 
-Unlike there, both images of a pair get the same change, so that only what the tokenizer lost tells them apart.
+The changes that images and reconstructions share before a discriminator sees them keep it from learning its images by
+heart: differentiable augmentation (DiffAugment, arXiv:2006.10738, Sec. 3.2, and its released strengths). Unlike there,
+both images of a pair get the same change, so that only what the tokenizer lost tells them apart.
+
+world: processes that have such a part of a batch each and equal generators: they draw for the whole batch, so that their
+number changes nothing.
 """
 
 from __future__ import annotations
@@ -41,19 +45,11 @@ def draw_colour(images: Tensor, generator: torch.Generator | None, world: World 
 
 def draw_translation(images: Tensor, generator: torch.Generator | None, world: World = ALONE) -> Change:
     """A move by whole pixels, up to an eighth of the side each way; zeros, which are grey, come in from outside."""
-    batch, _, height, width = images.shape
-    rows, columns = (_offsets(images, -_reach(side), _reach(side), generator, world) for side in (height, width))
-    row_index = torch.arange(height, device=images.device) + rows
-    column_index = torch.arange(width, device=images.device) + columns
-    is_inside = _within(row_index, height).unsqueeze(2) & _within(column_index, width).unsqueeze(1)
-    picks = torch.arange(batch, device=images.device).view(batch, 1, 1)
-    row_index, column_index = row_index.clamp(0, height - 1), column_index.clamp(0, width - 1)
-
-    def change(x: Tensor) -> Tensor:
-        moved = x.permute(0, 2, 3, 1)[picks, row_index.unsqueeze(2), column_index.unsqueeze(1)].permute(0, 3, 1, 2)
-        return moved * is_inside.unsqueeze(1)
-
-    return change
+    rows_BH, columns_BW = (
+        torch.arange(side, device=images.device) + _offsets(images, -_reach(side), _reach(side), generator, world)
+        for side in images.shape[2:]
+    )
+    return lambda x: take_pixels(x, rows_BH, columns_BW, fill=0.0)
 
 
 def draw_cutout(images: Tensor, generator: torch.Generator | None, world: World = ALONE) -> Change:
@@ -74,13 +70,53 @@ AUGMENTATIONS: dict[str, Draw] = {"colour": draw_colour, "translation": draw_tra
 """Every change by name."""
 
 
+def take_pixels(images: Tensor, rows_BH: Tensor, columns_BW: Tensor, fill: float | None = None) -> Tensor:
+    """Return images (B, 3, H, W) whose pixel (i, j) is that of `images` at (rows[i], columns[j]), for each image its own.
+
+    fill: the value of what lies outside; None takes the nearest pixel of the border. Differentiable.
+    """
+    batch, _, height, width = images.shape
+    picks = torch.arange(batch, device=images.device).view(batch, 1, 1)
+    rows, columns = rows_BH.clamp(0, height - 1), columns_BW.clamp(0, width - 1)
+    moved = images.permute(0, 2, 3, 1)[picks, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+    if fill is None:
+        return moved
+    is_inside = (rows == rows_BH).unsqueeze(2) & (columns == columns_BW).unsqueeze(1)
+    return torch.where(is_inside.unsqueeze(1), moved, fill)
+
+
+def mirror_and_shift(
+    images_u8: Tensor, *, flip: bool, shift: int, generator: torch.Generator | None, world: World = ALONE
+) -> Tensor:
+    """Move uint8 images (B, 3, H, W) by whole pixels at random, the border repeated; returns floats in [-1, 1].
+
+    flip: mirror every other one. shift: pixels at most, each way. world: as for the module.
+    """
+    rows_BH, columns_BW = (
+        torch.arange(side, device=images_u8.device) + _offsets(images_u8, -shift, shift, generator, world)
+        for side in images_u8.shape[2:]
+    )
+    if flip:
+        is_mirrored = _uniform(images_u8, 0.0, 1.0, generator, world).view(-1, 1) < 0.5
+        columns_BW = torch.where(is_mirrored, columns_BW.flip(1), columns_BW)
+    return take_pixels(images_u8, rows_BH, columns_BW).float() / 127.5 - 1
+
+
+def draw_kept_scales(
+    batch: int, num_scales: int, share: float, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """Draw how many coarse scales each of a batch keeps: all, or for a `share` of them a uniform number below that: (B,)."""
+    some = torch.randint(1, max(num_scales, 2), (batch,), generator=generator, device=device)
+    dropped = torch.rand(batch, generator=generator, device=device) < share
+    return torch.where(dropped & (num_scales > 1), some, num_scales)
+
+
 def augment_pair(
     real: Tensor, fake: Tensor, names: Sequence[str], generator: torch.Generator | None, world: World = ALONE
 ) -> tuple[Tensor, Tensor]:
     """Change images and their reconstructions alike and differentiably, by each of `names` of `AUGMENTATIONS` in turn.
 
-    (B, 3, H, W) in [-1, 1] in and (B, 3, H, W) out, which may leave that range. world: processes that have such a
-    part of a batch each and equal generators: they draw for the whole batch, so that their number changes nothing.
+    (B, 3, H, W) in [-1, 1] in and (B, 3, H, W) out, which may leave that range. world: as for the module.
     Raises ConfigError for an unknown name.
     """
     for name in names:
@@ -105,7 +141,3 @@ def _offsets(images: Tensor, low: int, high: int, generator: torch.Generator | N
 
 def _reach(side: int) -> int:
     return int(side * _REACH + 0.5)
-
-
-def _within(index: Tensor, side: int) -> Tensor:
-    return (index >= 0) & (index < side)

@@ -26,17 +26,11 @@ class TokenizerConfig:
     vocab_size: int = 4096  # code vectors in the codebook
     code_channels: int = 32  # channels of one code vector
     width: int = 160  # channels at full resolution
-    channel_multipliers: tuple[int, ...] = (
-        1,
-        1,
-        2,
-        2,
-        4,
-    )  # width of each level over `width`; one halving between levels
+    # width of each level over `width`; one halving between levels
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
-    norm_groups: int = (
-        32  # groups of every group norm; small widths want fewer, since one channel a group loses its mean
-    )
+    # groups of every group norm; small widths want fewer, since one channel a group loses its mean
+    norm_groups: int = 32
     dropout: float = 0.0  # inside residual blocks, while training
     quant_conv_kernel: int = 3  # side of the convolutions around the quantizer, odd
     phi_residual: float = 0.5  # share of the convolution in phi; 0 makes phi the identity

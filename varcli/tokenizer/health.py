@@ -11,10 +11,8 @@ from varcli.distributed import ALONE, World
 from varcli.scales import PatchNums
 from varcli.tokenizer.quantizer import MultiScaleQuantizer
 
-_MIN_PERPLEXITY, _MIN_SHARE = (
-    2.0,
-    0.01,
-)  # codes of a scale, and share of those it could use, below which it has collapsed
+# codes of a scale, and share of those it could use, below which it has collapsed
+_MIN_PERPLEXITY, _MIN_SHARE = 2.0, 0.01
 _MIN_USED = 0.3  # share of the codebook
 _MIN_PICKS = 64  # of a scale, below which its codes say more about the few images than about the scale
 _MIN_PICKS_PER_CODE = 10  # of all scales, below which an unused code may just not have had its turn

@@ -74,9 +74,8 @@ def save_checkpoint(
         manifest = write_manifest(temporary, KIND, {**info, "step": step}, files=names)
     write_json(run / LATEST_NAME, {"checkpoint": folder.name})
     for old in list_checkpoints(run)[keep:]:
-        doomed = old.with_name(
-            f"{TEMPORARY_PREFIX}{old.name}"
-        )  # a kill in the middle leaves nothing half under its name
+        # a kill in the middle leaves nothing half under its name
+        doomed = old.with_name(f"{TEMPORARY_PREFIX}{old.name}")
         os.replace(old, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
     return manifest

@@ -34,7 +34,7 @@ Pair = tuple[int, int]  # place in the split, number of the view
 class PixelStream:
     """The images of a split, decoded when they are wanted, shuffled anew each epoch with a new crop of each.
 
-    Stands in for `varcli.training.pixels.Pixels`. Sample number n of a run over N images is view n // N of its image, so
+    A `varcli.training.pixels.ImageSource`. Sample number n of a run over N images is view n // N of its image, so
     it depends on seed and position alone, not on workers, batches or where a run was stopped. An image that cannot be
     used has the next usable one of the listing in its place. Batches are decoded ahead on the guess that the next
     position is as far off as the last one was, at first a batch; another one is right too, and costs a new start of the

@@ -1,7 +1,8 @@
 """The images a tokenizer learns from: the batch of any step as a pure function of seed and step.
 
 Small sets of images that have the tokenizer's size are kept in memory, decoded (`Pixels`); all others are decoded anew
-each epoch, with another crop each time (`varcli.training.pixel_stream.PixelStream`). Both give the same samples.
+each epoch, with another crop each time (`varcli.training.pixel_stream.PixelStream`). Each is an `ImageSource`, and both give
+the same samples.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,6 +29,25 @@ _MAX_BYTES = 8 * 2**30  # decoded images are kept in memory up to this size, or 
 _DEVICE_SHARE = 0.25  # of a GPU's free memory that they may take; beyond it they stay in the machine's
 _MAX_HELD_OUT = 4096  # held-out images that are measured
 _MAX_HELD_OUT_BYTES = 2**30
+
+
+class ImageSource(Protocol):
+    """Images to learn from, however they are kept: endlessly many samples, each image once an epoch, in a new order."""
+
+    def __len__(self) -> int:
+        """Images of an epoch."""
+
+    def rows(self, position: int, count: int) -> list[int]:
+        """Places, in the split, of samples [position, position + count) of the run."""
+
+    def batch(self, position: int, count: int) -> Tensor:
+        """Samples [position, position + count) of the run: uint8 (count, 3, H, W), on the device.
+
+        A sample depends on the seed and its position alone.
+        """
+
+    def spread(self, count: int) -> Tensor:
+        """Up to `count` images, evenly spread over all, cut the same each time: uint8 (n, 3, H, W), on the device."""
 
 
 class Pixels:
@@ -72,7 +93,7 @@ def open_pixels(
     skips: Skips | None = None,
     on_step: OnStep = ignore,
     sharers: int = 1,
-) -> Iterator[Pixels | PixelStream]:
+) -> Iterator[ImageSource]:
     """Yield the samples of a split for training at `size` px; on the way out the processes that decode are ended.
 
     An image that cannot be used has the next usable one of the listing in its place, so that batches keep their size and

@@ -55,9 +55,8 @@ class TrainPlan:
     parallel: str  # how they do: ddp, fsdp or hsdp; of no meaning for one
     learning_rate: float  # peak
     memory_bytes: int  # estimate of the peak on the device
-    seconds: (
-        float  # estimate for the steps that are left, from one timed micro-batch; validation and saving come on top
-    )
+    # estimate for the steps that are left, from one timed micro-batch; validation and saving come on top
+    seconds: float
     notes: tuple[str, ...] = ()  # what a user should know
 
     @property

@@ -70,12 +70,10 @@ class TrainConfig:
     seed: int = 0  # of weights, order, dropouts
     precision: str = "auto"  # auto, fp32, bf16 or fp16; auto is bf16 on CUDA and fp32 elsewhere
     compile: bool | None = None  # torch.compile; None is on CUDA when the run is long enough to gain
-    kernels: str = (
-        "auto"  # auto, torch or triton: passes of our own between products; auto is torch, until they are measured
-    )
-    parallel: str = (
-        "auto"  # of several processes: ddp, fsdp, hsdp; auto is ddp where the state fits one device, else fsdp
-    )
+    # auto, torch or triton: passes of our own between products; auto is torch, until they are measured
+    kernels: str = "auto"
+    # of several processes: ddp, fsdp, hsdp; auto is ddp where the state fits one device, else fsdp
+    parallel: str = "auto"
     cuda_graphs: bool = False  # replay each step's kernels in one launch: faster for small models, takes more memory
     log_every: int | None = None  # steps between log lines
     validate_every: int | None = None  # steps between validations; 0 is never

@@ -1,4 +1,4 @@
-"""One step of tokenizer training without its optimizers: judges, losses, and what is drawn at random."""
+"""One step of tokenizer training without its optimizers: judges and losses."""
 
 from __future__ import annotations
 
@@ -131,38 +131,3 @@ def adversarial_share(step: int, config: TokenizerTrainConfig) -> float:
     if not config.adversarial_weight or step < start:
         return 0.0
     return config.adversarial_weight * min(1.0, (step - start) / max(0.05 * config.steps, 1))
-
-
-def augment(
-    images_u8: Tensor, config: TokenizerTrainConfig, generator: torch.Generator, world: World = ALONE
-) -> Tensor:
-    """Mirror and shift uint8 images (B, 3, H, W) at random by whole pixels; returns floats in [-1, 1].
-
-    world: processes that have such a part of a batch each; as in `augment_pair`.
-    """
-    batch, _, height, width = images_u8.shape
-    whole = (batch * world.size, 1)
-    device = images_u8.device
-
-    def offsets() -> Tensor:
-        drawn = torch.randint(-config.shift, config.shift + 1, whole, generator=generator, device=device)
-        return world.share(drawn)
-
-    rows = (torch.arange(height, device=device) + offsets()).clamp(0, height - 1)
-    columns = (torch.arange(width, device=device) + offsets()).clamp(0, width - 1)
-    if config.flip:
-        mirrored = world.share(torch.rand(whole, generator=generator, device=device)) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    picks = torch.arange(batch, device=device).view(batch, 1, 1)
-    moved = images_u8.permute(0, 2, 3, 1)[picks, rows.unsqueeze(2), columns.unsqueeze(1)]
-    return moved.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def draw_kept_scales(
-    batch: int, config: TokenizerTrainConfig, generator: torch.Generator, device: torch.device
-) -> Tensor:
-    """Draw how many coarse scales each image keeps: all K, or for a share of them a uniform number in [1, K - 1]."""
-    num_scales = config.tokenizer.scales.num_scales
-    some = torch.randint(1, max(num_scales, 2), (batch,), generator=generator, device=device)
-    dropped = torch.rand(batch, generator=generator, device=device) < config.scale_dropout
-    return torch.where(dropped & (num_scales > 1), some, num_scales)

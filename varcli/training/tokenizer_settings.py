@@ -47,9 +47,8 @@ class TokenizerTrainConfig:
     perceptual: str = "lite0"  # which network: lite0, which comes with varcli, or lpips
     lpips_weights: Path | None = None  # folder of the two files of LPIPS; None looks among torch's downloads
     adversarial_weight: float = 0.05  # share of the content gradient's size given to the discriminator; 0 turns it off
-    adversarial_start: float = (
-        0.8  # share of the steps before the discriminator is heard; it learns from 0.8 of that on
-    )
+    # share of the steps before the discriminator is heard; it learns from 0.8 of that on
+    adversarial_start: float = 0.8
     discriminator_learning_rate: float = 2e-4  # constant
     discriminator_augment: tuple[str, ...] = tuple(AUGMENTATIONS)  # changes to what it sees, so that it learns no image
     regularizer: str = "lecam"  # what steadies the discriminator: lecam, r1 or none

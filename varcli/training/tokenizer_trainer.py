@@ -15,6 +15,7 @@ from varcli.data.samples import make_grid
 from varcli.devices import resolve_precision, try_compiled
 from varcli.distributed import ALONE, World
 from varcli.tokenizer import VQVAE
+from varcli.tokenizer.augment import draw_kept_scales, mirror_and_shift
 from varcli.tokenizer.health import count_codes, restart_dead_codes
 from varcli.tokenizer.initialize import init_codebook
 from varcli.tokenizer.judge import evaluate_tokenizer, scale_strip
@@ -22,11 +23,11 @@ from varcli.tokenizer.store import KIND, save_tokenizer
 from varcli.training.ema import Ema
 from varcli.training.optim import Updater, build_adamw
 from varcli.training.parallel import average_numbers, share_batch
-from varcli.training.pixels import Pixels
+from varcli.training.pixels import ImageSource, Pixels
 from varcli.training.schedules import Schedule
 from varcli.training.state import Parts, undisturbed
 from varcli.training.tokenizer_health import collapse_warnings
-from varcli.training.tokenizer_objective import TokenizerObjective, adversarial_share, augment, draw_kept_scales
+from varcli.training.tokenizer_objective import TokenizerObjective, adversarial_share
 from varcli.training.tokenizer_parent import load_parent
 from varcli.training.tokenizer_settings import TokenizerTrainConfig
 from varcli.training.trainer import Trainer
@@ -59,7 +60,7 @@ class TokenizerTrainer(Trainer):
     def __init__(
         self,
         config: TokenizerTrainConfig,
-        images: Pixels,
+        images: ImageSource,
         held_out: Tensor,
         device: torch.device,
         world: World = ALONE,
@@ -132,8 +133,7 @@ class TokenizerTrainer(Trainer):
         config, side = self.config, self.config.tokenizer.image_size
         dice = torch.Generator(self.device).manual_seed(config.seed)
         some = torch.zeros(self.share_size, 3, side, side, dtype=torch.uint8, device=self.device)
-        images = augment(some, config, dice, self.world)
-        kept = self.world.share(draw_kept_scales(config.batch_size, config, dice, self.device))
+        images, kept = self._draw(some, dice)
 
         def try_out() -> None:
             for _ in range(_TRIES):
@@ -154,8 +154,7 @@ class TokenizerTrainer(Trainer):
         if config.tokenizer.dropout and world.size > 1:  # drawn by each process for its part, as nothing else is
             torch.manual_seed((config.seed + step * world.size + world.rank) % 2**63)
         position = step * config.batch_size + world.rank * self.share_size
-        images = augment(self.images.batch(position, self.share_size), config, self.generator, world)
-        kept = world.share(draw_kept_scales(config.batch_size, config, self.generator, self.device))
+        images, kept = self._draw(self.images.batch(position, self.share_size), self.generator)
         share = adversarial_share(step, config)
         self.updater.begin(step)
         numbers, reconstructions, codes = self.objective.backward_tokenizer(images, kept, share, self.generator)
@@ -173,6 +172,14 @@ class TokenizerTrainer(Trainer):
             numbers["skipped"] = torch.maximum(numbers["skipped"], judged["skipped"])
         numbers["codes_restarted"] = self._keep_codes_alive(step, images, codes)
         return numbers
+
+    def _draw(self, images_u8: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return this process's images, moved at random and in [-1, 1], and how many scales each of them keeps."""
+        config, world = self.config, self.world
+        images = mirror_and_shift(images_u8, flip=config.flip, shift=config.shift, generator=generator, world=world)
+        num_scales = config.tokenizer.scales.num_scales
+        kept = draw_kept_scales(config.batch_size, num_scales, config.scale_dropout, generator, self.device)
+        return images, world.share(kept)
 
     @torch.no_grad()
     def _init_codebook(self) -> None:
