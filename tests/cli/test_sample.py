@@ -91,6 +91,36 @@ def test_workers_write_what_is_written_without_them(model, tmp_path):
     assert len(files[0]) == 10 and files[0] == files[1]
 
 
+def test_an_npz_alone_is_that_beside_pngs_and_is_evaluated_with_its_classes(model, tiny_images, tmp_path):
+    common = ["sample", "--model", model, "--classes", "all", "--per-class", 4, "--device", "cpu"]
+    assert run(*common, "--out", tmp_path / "both", "--npz").exit_code == 0
+    for drawn in (12, 0):
+        done = run(*common, "--out", tmp_path / "only", "--npz-only", "--json")
+        assert done.exit_code == 0, done.output
+        assert (json.loads(done.stdout)["images"], json.loads(done.stdout)["drawn"]) == (12, drawn)
+    names = ("samples.npz", "grid.png")
+    assert [(tmp_path / "only" / name).read_bytes() for name in names] == [
+        (tmp_path / "both" / name).read_bytes() for name in names
+    ]
+    assert not list((tmp_path / "only").glob("0*.png"))
+    told = []
+    for place in ("both", "only", "only/samples.npz"):
+        options = ["--ref", tiny_images, "--device", "cpu", "--no-keep", "--features", "lite0", "--no-floor", "--json"]
+        done = run("eval", tmp_path / place, *options)
+        assert done.exit_code == 0, done.output
+        told.append(json.loads(done.stdout))
+    assert (
+        told[0]["class_counts"]
+        == told[1]["class_counts"]
+        == told[2]["class_counts"]
+        == {"apple": 4, "boat": 4, "cat": 4}
+    )
+    assert told[0]["fd_lite0"] == pytest.approx(told[1]["fd_lite0"]) and told[1]["fd_lite0"] == told[2]["fd_lite0"]
+    assert told[1]["samples"]["settings"] == told[0]["samples"]["settings"]
+    for options in ([], ["--npz-only", "--seed", 1]):
+        assert run(*common, "--out", tmp_path / "only", *options).exit_code == 1
+
+
 def test_rejection_is_told_in_the_manifest_and_by_eval(model, tiny_images, tiny_transformer, tmp_path):
     info = read_manifest(model / "transformer").info
     info = {name: value for name, value in info.items() if name != "config"}
@@ -133,6 +163,10 @@ def test_rejection_is_told_in_the_manifest_and_by_eval(model, tiny_images, tiny_
         (["--top-k", "-3"], "top-k"),
         (["--cfg-schedule", "sine"], "linear"),
         (["--classes", "some"], "all"),
+        (["--compile", "maybe"], "auto, off, on"),
+        (["--precision", "fp64"], "fp32"),
+        (["--cfg-interval", "x"], "two numbers"),
+        (["--cfg-interval", "0.9,0.1"], "the smaller first"),
         (["--reject", "5/4"], "K from 1 to N"),
         (["--reject", "1/2"], "does not say which"),
         (["--classes", "all", "--class", "apple"], "one of them"),
@@ -233,3 +267,24 @@ def test_two_processes_of_torchrun_draw_what_one_draws_and_fill_its_gaps(model, 
             assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes(), path.name
     refused = subprocess.run([*command, "--cfg", "3"], env=environment, capture_output=True, text=True)
     assert refused.returncode != 0 and refused.stderr.count("made with other settings") == 1
+    for wrong in (["--compile", "maybe"], ["--model", "nobodys"], ["--reject", "x"]):
+        refused = subprocess.run([*command, *wrong], env=environment, capture_output=True, text=True)
+        assert refused.returncode != 0 and refused.stderr.count("error: ") == 1, refused.stderr
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_two_processes_of_torchrun_keep_what_one_keeps(model, tiny_images, tiny_transformer, tmp_path):
+    info = {name: value for name, value in read_manifest(model / "transformer").info.items() if name != "config"}
+    save_transformer(model / "transformer", tiny_transformer, {**info, "source": str(tiny_images)})
+    environment = {**os.environ, "PYTHONPATH": str(Path(app_module.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    arguments = ["sample", "--model", model, "--classes", "all", "--per-class", 2, "--device", "cpu", "--reject", "1/2"]
+    assert run(*arguments, "--out", tmp_path / "one").exit_code == 0
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "varcli"]
+    command = [str(part) for part in (*start, *arguments, "--out", tmp_path / "two", "--json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["drawn"] == 12
+    files = [{path.name: path.read_bytes() for path in (tmp_path / out).glob("*.png")} for out in ("one", "two")]
+    assert len(files[0]) == 7 and files[0] == files[1]

@@ -64,6 +64,10 @@ def sample(
         ),
     ] = None,
     npz: Annotated[bool, Option("--npz", help="Also write samples.npz, as evaluation suites read it.")] = False,
+    npz_only: Annotated[
+        bool,
+        Option("--npz-only", help="Write samples.npz and no PNG files; on the way it takes twice its size on disk."),
+    ] = False,
     reject: Annotated[
         str | None,
         Option(
@@ -111,22 +115,22 @@ def sample(
     from varcli.sampling.reject import Rejection
     from varcli.sampling.write import sample_to_folder
 
-    if classes not in (None, "all"):
-        raise ConfigError(f"`--classes` takes `all`, but got `{classes}`", "name single classes with --class")
-    if classes and class_:
-        raise ConfigError("`--class` and `--classes` both say which classes to draw", "give one of them")
-    if per_class and not classes:
-        raise ConfigError("`--per-class` goes with `--classes all`", "use --n for the images of each --class")
-    if top_k is not None and top_k < 0:
-        raise ConfigError(f"`--top-k` must be 0 or more, but is {top_k}")
-    if compile_ not in ("auto", "on", "off"):
-        raise unknown_name("value of --compile", compile_, ["auto", "on", "off"])
-    found = find_model(model)
-    given = {"cfg": cfg, "cfg_schedule": cfg_schedule, "top_k": top_k, "top_p": top_p, "smooth": smooth}
-    given["cfg_interval"] = None if cfg_interval is None else _parse_interval(cfg_interval)
-    given = {name: value for name, value in given.items() if value is not None}
-    given |= {"top_k": None} if top_k == 0 else {}
-    with join_world(device) as (world, own_device):
+    with join_world(device) as (world, own_device):  # whatever is wrong, one of the processes says so
+        if classes not in (None, "all"):
+            raise ConfigError(f"`--classes` takes `all`, but got `{classes}`", "name single classes with --class")
+        if classes and class_:
+            raise ConfigError("`--class` and `--classes` both say which classes to draw", "give one of them")
+        if per_class and not classes:
+            raise ConfigError("`--per-class` goes with `--classes all`", "use --n for the images of each --class")
+        if top_k is not None and top_k < 0:
+            raise ConfigError(f"`--top-k` must be 0 or more, but is {top_k}")
+        if compile_ not in ("auto", "on", "off"):
+            raise unknown_name("value of --compile", compile_, ["auto", "on", "off"])
+        found = find_model(model)
+        given = {"cfg": cfg, "cfg_schedule": cfg_schedule, "top_k": top_k, "top_p": top_p, "smooth": smooth}
+        given["cfg_interval"] = None if cfg_interval is None else _parse_interval(cfg_interval)
+        given = {name: value for name, value in given.items() if value is not None}
+        given |= {"top_k": None} if top_k == 0 else {}
         if world.is_first:
             console.note(f"model: {found.description}")
         rejection = None if reject is None else Rejection.parse(reject)
@@ -144,7 +148,8 @@ def sample(
             count = per_class or n or 4
             columns = count if count <= 16 else None
         wanted = [(number, index) for number in dict.fromkeys(numbers) for index in range(count)]
-        if compile_ == "on" or (compile_ == "auto" and _is_worth_compiling(generator, len(wanted), world.size)):
+        num_drawn = len(wanted) if rejection is None else len(wanted) * rejection.of // rejection.keep
+        if compile_ == "on" or (compile_ == "auto" and _is_worth_compiling(generator, num_drawn, world.size)):
             generator.compile()
         result = sample_to_folder(
             generator,
@@ -155,6 +160,7 @@ def sample(
             batch_size=batch_size,
             columns=columns,
             npz=npz,
+            npz_only=npz_only,
             workers=workers,
             rejection=rejection,
             on_step=console.progress("sampling") if world.is_first else ignore,

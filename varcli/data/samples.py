@@ -54,6 +54,21 @@ def is_unfinished(folder: Path) -> bool:
     return (folder / _PLAN_NAME).exists() and not (folder / MANIFEST_NAME).exists()
 
 
+def sample_pairs(manifest: Manifest) -> list[tuple[int, int]]:
+    """Return (class index, index) of all samples of a folder, in the order of its npz: by class, then by index.
+
+    Raises ArtifactError if the manifest's list of them is damaged.
+    """
+    matches = filter(None, map(_SAMPLE.fullmatch, manifest.files))
+    pairs = [(int(match[1]), int(match[2])) for match in matches]
+    try:
+        listed = manifest.info.get("indices") or {}
+        pairs += [(int(class_index), int(index)) for class_index, indices in listed.items() for index in indices]
+    except (TypeError, ValueError, AttributeError):
+        raise ArtifactError("the manifest's `indices` of samples are damaged", "draw the samples again") from None
+    return sorted(pairs)
+
+
 def make_grid(images: Tensor | np.ndarray, columns: int | None = None, padding: int = 2) -> Image.Image:
     """Lay images out row by row on white.
 
@@ -233,9 +248,7 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
         an image is missing or cannot be read back.
         """
         pairs = list(wanted)
-        if self.missing(pairs) or not pairs:
-            lacking = len(self.missing(pairs))
-            raise ArtifactError(f"`{self.out}` lacks {lacking} of {len(pairs)} samples", "run the same command again")
+        self.require_all(pairs)
         names = sorted(self._present, key=_natural)
         npz = npz or (self.out / NPZ_NAME).exists()  # one that is there stays true
         try:
@@ -253,8 +266,23 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
             ) from None
         files = [*names, GRID_NAME, *([NPZ_NAME] if npz else []), *extra]
         manifest = write_manifest(self.out, SAMPLES_KIND, {**self.settings, **(info or {})}, files=files)
-        (self.out / _PLAN_NAME).unlink(missing_ok=True)
+        self.forget_plan()
         return manifest
+
+    @property
+    def num_images(self) -> int:
+        """Samples in the folder."""
+        return len(self._present)
+
+    def require_all(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Raise ArtifactError if one of these images is missing, or none is asked for."""
+        lacking = len(self.missing(pairs))
+        if lacking or not pairs:
+            raise ArtifactError(f"`{self.out}` lacks {lacking} of {len(pairs)} samples", "run the same command again")
+
+    def forget_plan(self) -> None:
+        """Remove what stood for the manifest until there was one."""
+        (self.out / _PLAN_NAME).unlink(missing_ok=True)
 
     def _resume(self) -> None:
         if (self.out / MANIFEST_NAME).exists():
@@ -271,23 +299,27 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
                 "choose another --out, or delete that folder to start anew",
             )
         listed = read_manifest(self.out, SAMPLES_KIND).files if (self.out / MANIFEST_NAME).exists() else {}
+        self._find(listed)
+
+    def _find(self, listed: Mapping[str, FileEntry]) -> None:
+        """Note which images are there. listed: files of the manifest, if there is one."""
         for path in self.out.iterdir():
-            if _SAMPLE.fullmatch(path.name) and _is_whole(path, listed.get(path.name)):
+            if _SAMPLE.fullmatch(path.name) and self._is_whole(path.name, listed.get(path.name)):
                 self._present.add(path.name)
 
+    def _is_whole(self, name: str, entry: FileEntry | None) -> bool:
+        """Say whether a file is as its manifest says or, where none names it, an image that can be decoded to the end.
 
-def _is_whole(path: Path, entry: FileEntry | None) -> bool:
-    """Say whether a sample is as its manifest says or, where none names it, can be decoded to the end.
-
-    Samples are not synced one by one, so a power cut can leave empty ones: those are drawn again.
-    """
-    try:
-        if entry is not None:
-            return path.stat().st_size == entry.size and hash_file(path) == entry
-        load_image(path)
-    except (OSError, UnusableImage):
-        return False
-    return True
+        Samples are not synced one by one, so a power cut can leave empty ones: those are drawn again.
+        """
+        path = self.out / name
+        try:
+            if entry is not None:
+                return path.stat().st_size == entry.size and hash_file(path) == entry
+            load_image(path)
+        except (OSError, UnusableImage):
+            return False
+        return True
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from varcli.artifacts.manifest import Manifest
 from varcli.artifacts.verify import is_artifact, read_manifest
 from varcli.data.paths import escape_path
+from varcli.data.samples import NPZ_NAME, SAMPLES_KIND, sample_pairs
 from varcli.errors import ArtifactError
 from varcli.metrics.npz import SPATIAL_KEYS, STATISTICS_KEYS, open_npz
-from varcli.metrics.sources import ImageSource, from_batches, from_folder, from_npz, from_tensor
+from varcli.metrics.sources import ImageSource, from_batches, from_folder, from_npz, from_tensor, require_unchanged
 from varcli.metrics.statistics import Statistics
 
 
@@ -51,8 +54,11 @@ def open_samples(samples: Path | Tensor | Iterable[Tensor], stack: contextlib.Ex
     path = Path(samples)
     shown = escape_path(str(path))
     if path.is_dir():
-        source = from_folder(path)
-        return Samples(images=source, info=read_manifest(path).info if is_artifact(path) else None, shown=shown)
+        manifest = read_manifest(path) if is_artifact(path) else None
+        if manifest is None or "indices" not in manifest.info:
+            return Samples(images=from_folder(path), info=None if manifest is None else manifest.info, shown=shown)
+        require_unchanged(path, manifest)
+        path = path / NPZ_NAME  # the folder has no files of single images
     if not path.is_file():
         raise ArtifactError(f"there are no samples `{shown}`", "pass a folder of images or an npz file")
     if path.suffix.lower() != ".npz":
@@ -60,11 +66,35 @@ def open_samples(samples: Path | Tensor | Iterable[Tensor], stack: contextlib.Ex
     file = open_npz(path)
     images = from_npz(file)
     if images is not None:
+        manifest = _manifest_beside(path)
+        if manifest is not None:
+            images = _with_classes(images, manifest)
         # the ADM evaluator would use stored statistics and ignore the images beside them
-        return Samples(images=images, shown=shown, has_unused_statistics=STATISTICS_KEYS[0] in file.headers)
+        info = None if manifest is None else manifest.info
+        return Samples(images=images, info=info, shown=shown, has_unused_statistics=STATISTICS_KEYS[0] in file.headers)
     return Samples(
         images=None,
         statistics=file.read_statistics(STATISTICS_KEYS),
         spatial_statistics=file.read_statistics(SPATIAL_KEYS),
         shown=shown,
     )
+
+
+def _manifest_beside(path: Path) -> Manifest | None:
+    """Return the manifest that `varcli sample` wrote of an npz file, if this is that file still, as far as its size tells."""
+    if path.name != NPZ_NAME or not is_artifact(path.parent):
+        return None
+    manifest = read_manifest(path.parent)
+    entry = manifest.files.get(NPZ_NAME)
+    is_same = manifest.kind == SAMPLES_KIND and entry is not None and entry.size == path.stat().st_size
+    return manifest if is_same else None
+
+
+def _with_classes(images: ImageSource, manifest: Manifest) -> ImageSource:
+    """Add the classes that a manifest tells; the order is then by class, which is no order for an Inception Score."""
+    labels = np.array([class_index for class_index, _ in sample_pairs(manifest)])
+    if len(labels) != images.count:
+        return images
+    names = manifest.info.get("classes")
+    is_named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return replace(images, labels=labels, classes=tuple(names) if is_named else None, has_order=False)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varcli.artifacts.manifest import digest_json, hash_files
+from varcli.artifacts.manifest import Manifest, digest_json, hash_files
 from varcli.artifacts.verify import is_artifact, read_manifest, verify_folder
 from varcli.data.decode import UnusableImage, load_image
 from varcli.data.defaults import default_decode
@@ -76,13 +76,7 @@ def from_folder(folder: Path) -> ImageSource:
     hashes: dict[Path, str] = {}
     if is_artifact(folder):
         manifest = read_manifest(folder, SAMPLES_KIND)
-        problems = verify_folder(folder, manifest)
-        if problems:
-            raise IntegrityError(
-                f"`{escape_path(str(folder))}` differs from its manifest: {problems[0]}"
-                + (f" and {len(problems) - 1} more" if len(problems) > 1 else ""),
-                "delete the changed images and run `varcli sample` again",
-            )
+        require_unchanged(folder, manifest)
         paths = [
             path for path in list_images(folder) if path.name in manifest.files and sample_class(path.name) is not None
         ]
@@ -107,6 +101,17 @@ def from_folder(folder: Path) -> ImageSource:
         classes=classes,
         num_jpeg=sum(_is_jpeg(path) for path in paths),
     )
+
+
+def require_unchanged(folder: Path, manifest: Manifest) -> None:
+    """Raise IntegrityError if a file of a folder of samples differs from its manifest."""
+    problems = verify_folder(folder, manifest)
+    if problems:
+        raise IntegrityError(
+            f"`{escape_path(str(folder))}` differs from its manifest: {problems[0]}"
+            + (f" and {len(problems) - 1} more" if len(problems) > 1 else ""),
+            "delete the changed images and run `varcli sample` again",
+        )
 
 
 def from_tree(

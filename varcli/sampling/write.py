@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from varcli import config as configs
+from varcli.data.parts import NpzWriter, PartsSaver
 from varcli.data.pool import default_workers
-from varcli.data.samples import GRID_NAME, SamplesWriter, sample_class, sample_name
+from varcli.data.samples import GRID_NAME, SamplesWriter, sample_name
 from varcli.data.saver import ImageSaver
 from varcli.distributed import ALONE, World
 from varcli.progress import OnStep, Step, ignore
@@ -44,6 +45,7 @@ def sample_to_folder(
     batch_size: int | None = None,
     columns: int | None = None,
     npz: bool = False,
+    npz_only: bool = False,
     workers: int | None = None,
     rejection: Rejection | None = None,
     on_step: OnStep = ignore,
@@ -53,10 +55,11 @@ def sample_to_folder(
 
     wanted: (class index, index within the class) of each image. model: how the model is called, for the manifest, which
     also names the images the model learned from: `varcli eval` measures against them. npz: also write the array that
-    evaluation suites read. workers: processes that encode and write PNGs while the next batch is drawn; 0 does it here, None
-    chooses. rejection: draw more candidates and keep the best, so that the images of a class are not numbered in a row any
-    more; the scores of all candidates stay in the folder. world: processes that share the images and all call this, each
-    with a generator on a device of its own; the images are those of one process, on a CPU byte for byte.
+    evaluation suites read; npz_only: that alone, and no PNG files. workers: processes that encode and write PNGs while the
+    next batch is drawn; 0 does it here, None chooses. rejection: draw more candidates and keep the best, so that the images
+    of a class are not numbered in a row any more; the scores of all candidates stay in the folder. world: processes that
+    share the images and all call this, each with a generator on a device of its own; the images are those of one process,
+    on a CPU byte for byte.
     Raises ConfigError if `out` holds samples made with other settings or nothing can judge candidates, ArtifactError if it
     cannot be written, DataError if a worker is killed; what was finished is kept.
     """
@@ -64,7 +67,7 @@ def sample_to_folder(
     precision = str(generator.dtype(config)).removeprefix("torch.")
     settings = {**configs.to_dict(config), "precision": precision, "tokenizer": generator.tokenizer.fingerprint()}
     settings |= {"transformer": generator.weights_sha256, "model": model, "classes": list(generator.classes.names)}
-    settings |= {"reject": None if rejection is None else str(rejection)}
+    settings |= {"reject": None if rejection is None else str(rejection), "files": "npz" if npz_only else None}
     info = {
         "image_size": generator.tokenizer.config.image_size,
         "guidance": "(1 + t) * cond - t * uncond",
@@ -75,8 +78,9 @@ def sample_to_folder(
             from varcli.sampling.scorer import require_images
 
             require_images(generator.classes, generator.source)
-        writer = stack.enter_context(SamplesWriter(out, settings)) if world.is_first else None
-        job = _Job(generator, Path(out), config, batch_size, workers, on_step, world)
+        kind = NpzWriter if npz_only else SamplesWriter
+        writer = stack.enter_context(kind(out, settings)) if world.is_first else None
+        job = _Job(generator, Path(out), config, batch_size, workers, npz_only, on_step, world)
         num_drawn, extra = 0, []
         if rejection is not None:
             wanted, num_drawn, book = job.judge(wanted, rejection)
@@ -86,15 +90,15 @@ def sample_to_folder(
                 writer.add(wanted)
         missing = _tell_missing(writer, wanted, world)
         with job.open_saver(len(missing)) as saver:
-            job.draw(world.share(missing), len(missing), lambda pairs, images: saver.save(_names(pairs), images))
+            job.draw(world.share(missing), len(missing), saver.save)
         world.wait()
         num_images = len(wanted)
         if writer is not None:
             writer.add(missing)
             if rejection is not None:
                 book.finish()
-            manifest = writer.finish(wanted, info, columns=columns, npz=npz, extra=extra)
-            num_images = sum(sample_class(name) is not None for name in manifest.files)
+            writer.finish(wanted, info, columns=columns, npz=npz, extra=extra)
+            num_images = writer.num_images
     num_drawn += len(missing)
     return SampleResult(folder=Path(out), grid=Path(out) / GRID_NAME, num_images=num_images, num_drawn=num_drawn)
 
@@ -108,15 +112,21 @@ class _Job:
     config: SampleConfig
     batch_size: int | None
     workers: int | None
+    npz_only: bool
     on_step: OnStep
     world: World
 
-    def open_saver(self, count: int) -> ImageSaver:
-        """Choose how many processes encode: none where a CPU draws, which takes far longer, or for a few images."""
+    def open_saver(self, count: int) -> PartsSaver | _PngSaver:
+        """Return what saves this process's share of `count` images.
+
+        No processes encode where a CPU draws, which takes far longer, or for a few images.
+        """
+        if self.npz_only:
+            return PartsSaver(self.out)
         if self.workers is not None:
-            return ImageSaver(self.out, self.workers)
+            return _PngSaver(self.out, self.workers)
         is_worth_it = self.generator.device.type != "cpu" and count >= _WORKERS_FROM * self.world.size
-        return ImageSaver(self.out, min(default_workers(), _MAX_WORKERS) if is_worth_it else 0)
+        return _PngSaver(self.out, min(default_workers(), _MAX_WORKERS) if is_worth_it else 0)
 
     def draw(self, pairs: Sequence[Pair], total: int, take: Callable[[Sequence[Pair], Tensor], None]) -> None:
         """Draw the (class, index) of this process, and hand over each batch; `total` is what all processes draw."""
@@ -154,7 +164,7 @@ class _Job:
             own = dict(world.share(list(lacking.items())))
             total = sum(pair not in book.scores for group in lacking for pair in rejection.candidates(group))
             with self.open_saver(len(lacking)) as saver:
-                judge = Judge(rejection, own, scorer, book, lambda pairs, images: saver.save(_names(pairs), images))
+                judge = Judge(rejection, own, scorer, book, saver.save)
                 self.draw(judge.missing(), total, judge)
             world.wait()
             book.read()
@@ -162,8 +172,11 @@ class _Job:
         return winners, total if is_needed else 0, book
 
 
-def _names(pairs: Sequence[Pair]) -> list[str]:
-    return [sample_name(*pair) for pair in pairs]
+class _PngSaver(ImageSaver):
+    """Saves samples under their names."""
+
+    def save(self, pairs: Sequence[Pair], images: Tensor) -> None:
+        super().save([sample_name(*pair) for pair in pairs], images)
 
 
 def _tell_missing(
