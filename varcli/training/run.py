@@ -49,8 +49,13 @@ class RunFolder:
         """Optimizer steps done by the checkpoint the run goes on from."""
         return 0 if self.checkpoint is None else int(self.checkpoint[1].info["step"])
 
-    def require_inputs(self, kind: str, inputs: Mapping[str, Any]) -> None:
-        """Raise ConfigError if the run, once it has a checkpoint, is of another kind or was begun with other inputs."""
+    def require_same(
+        self, kind: str, inputs: Mapping[str, Any], config: Mapping[str, Any] | None = None, free: Collection[str] = ()
+    ) -> None:
+        """Raise ConfigError if the run, once it has a checkpoint, is another one: of another kind, inputs or settings.
+
+        The arguments are those of `settle`; without config, settings are not compared yet.
+        """
         if self.stored is None or self.checkpoint is None:
             return
         if self.stored.get("kind") != kind:
@@ -64,6 +69,15 @@ class RunFolder:
                 f"`{self.path}` was begun with other {' and '.join(others)}",
                 "give those to go on with that run, or choose another --out for a new one",
             )
+        changes = _differences(self.stored["config"], config or {}, free)
+        if changes:
+            raise ConfigError(
+                f"`{self.path}` was begun with other settings: {'; '.join(changes.values())}",
+                f"what a run does when is made for its steps; to train on, begin a new one from it: --init-from "
+                f"{shlex.quote(str(self.path))} --out NEW"
+                if changes.keys() == {"steps"}
+                else "repeat them to go on with that run, or choose another --out for a new one",
+            )
 
     def settle(self, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Any], free: Collection[str]) -> None:
         """Write config.json, or hold against it that a resumed run is the same run.
@@ -72,17 +86,7 @@ class RunFolder:
         free: settings that may differ. A run that has no checkpoint yet is begun anew. Raises ConfigError naming what
         differs.
         """
-        self.require_inputs(kind, inputs)
-        if self.stored is not None and self.checkpoint is not None:
-            changes = _differences(self.stored["config"], config, free)
-            if changes:
-                raise ConfigError(
-                    f"`{self.path}` was begun with other settings: {'; '.join(changes.values())}",
-                    f"what a run does when is made for its steps; to train on, begin a new one from it: --init-from "
-                    f"{shlex.quote(str(self.path))} --out NEW"
-                    if changes.keys() == {"steps"}
-                    else "repeat them to go on with that run, or choose another --out for a new one",
-                )
+        self.require_same(kind, inputs, config, free)
         record = {"kind": kind, "config": dict(config), "inputs": dict(inputs)}
         fixed = {key: value for key, value in record["config"].items() if key not in free}
         self.digest = digest_json({**record, "config": fixed})

@@ -97,7 +97,7 @@ def train_tokenizer(
         listing = hashlib.sha256("\n".join(tree.splits[train].paths).encode("utf-8", "surrogateescape")).hexdigest()
         origin = {} if parent is None else {"init_from": parent.fingerprint}
         inputs = {"images": listing, **origin}
-        run.require_inputs(KIND, inputs)
+        run.require_same(KIND, inputs, configs.to_dict(config), _FREE)  # before images are read
         side = config.tokenizer.image_size
 
         def tell(text: str) -> None:

@@ -85,7 +85,7 @@ def train_transformer(
         parent = find_parent(run, init_from, KIND, read_parent, remember_parent)
         origin = {} if parent is None else {"init_from": parent.fingerprint}
         inputs = {"codes": cache.manifest.digest, "tokenizer": cache.tokenizer, **origin}
-        run.require_inputs(KIND, inputs)
+        run.require_same(KIND, inputs)
         train, validation = _load_splits(cache)
         config = config or TrainConfig()
         given = configs.changed(config) if given is None else given
