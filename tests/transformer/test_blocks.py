@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from varcli.transformer import TransformerConfig
-from varcli.transformer.blocks import Block, Condition, modulated_norm
+from varcli.transformer.blocks import Block, Condition, Stream, modulated_norm
 
 CONFIG = {"width": 8, "num_heads": 2, "step_lengths": (1, 4)}
 
@@ -53,3 +53,14 @@ def test_dropout_acts_while_training_only():
     x, modulation = torch.randn(2, 5, 8), torch.randn(2, 1, 6, 8)
     assert torch.equal(block.eval()(x, modulation, (x.shape[1],)), block(x, modulation, (x.shape[1],)))
     assert not torch.equal(block.train()(x, modulation, (x.shape[1],)), block(x, modulation, (x.shape[1],)))
+
+
+def test_what_a_block_leaves_to_the_next_is_no_part_of_its_weights():
+    """Law: a sharded block's weights are freed once it returns, so nothing that is still to be used may lie in them."""
+    torch.manual_seed(0)
+    block = Block(TransformerConfig(**CONFIG))
+    modulation = torch.randn(2, 1, 6, 8)
+    stream = block(Stream(torch.randn(2, 5, 8)), modulation, (1, 4))
+    held = {tensor.untyped_storage().data_ptr() for tensor in (modulation, *block.parameters())}
+    assert not held & {tensor.untyped_storage().data_ptr() for tensor in stream}
+    assert not any(tensor._is_view() for tensor in (stream.bias_C, stream.gate_B1C))

@@ -129,7 +129,9 @@ class Block(nn.Module):
         x_BLC, normed_BLC = Stream(x_BLC, *branch, gamma1).enter(scale2, shift2, self.norm_eps)
         layers = self.feed_forward
         y_BLH = biased_gelu(product(layers.fc1, normed_BLC), layers.fc1.bias)
-        return Stream(x_BLC, *_last_product(layers.fc2, layers.dropout, y_BLH), gamma2)
+        y_BLC, bias_C = _last_product(layers.fc2, layers.dropout, y_BLH)
+        # a sharded block's weights are gone once it returns, and what it returns must not be a part of something else
+        return Stream(x_BLC, y_BLC, None if bias_C is None else bias_C.clone(), gamma2.clone())
 
 
 def _last_product(layer: nn.Linear, dropout: nn.Dropout, x_BLC: Tensor) -> tuple[Tensor, Tensor | None]:
