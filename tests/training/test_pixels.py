@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from small_sets import draw, write_pngs
 
-from varcli.data import stream
 from varcli.data.defaults import default_decode
 from varcli.data.images import open_images
 from varcli.data.skips import Skips
@@ -75,7 +74,7 @@ def test_a_process_that_takes_every_other_slice_and_one_that_jumps_get_the_same_
 def test_a_process_that_takes_its_part_of_each_batch_starts_its_workers_once(photos, monkeypatch):
     started = []
     popen = subprocess.Popen
-    monkeypatch.setattr(stream.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
     take(open_stream(photos, 1, batch_size=8), [4, 12, 20, 28], 4)
     assert len(started) == 1
 
@@ -194,7 +193,7 @@ def test_too_few_usable_images_are_told_apart_from_too_few(tmp_path, size):
 def test_workers_and_threads_end_with_the_block_whatever_ends_it(photos, monkeypatch, error):
     started, threads = [], threading.active_count()
     popen = subprocess.Popen
-    monkeypatch.setattr(stream.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
     try:
         with open_pixels(open_images(photos), "train", 16, batch_size=4, workers=2) as images:
             images.batch(0, 4)
@@ -209,7 +208,7 @@ def test_workers_and_threads_end_with_the_block_whatever_ends_it(photos, monkeyp
 def test_a_killed_worker_is_an_error_and_no_hang(photos, monkeypatch):
     started = []
     popen = subprocess.Popen
-    monkeypatch.setattr(stream.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
     with open_pixels(open_images(photos), "train", 16, batch_size=4, workers=1) as images:
         images.batch(0, 4)
         started[0].kill()
