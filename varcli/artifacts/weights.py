@@ -12,6 +12,8 @@ from varcli.errors import ArtifactError
 if TYPE_CHECKING:
     import torch
 
+# functions of torch.nn.init and tensors, which return what they change; dividing on the meta device imports sympy
+_LEFT_OUT = ("normal_", "uniform_", "div_")
 _HINT = "its config and its weights do not belong together"
 
 
@@ -26,10 +28,7 @@ def without_weights() -> Iterator[None]:
 
     class NoDraws(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func.__name__ in (
-                "normal_",
-                "uniform_",
-            ):  # of torch.nn.init, and a tensor's own: they return what they fill
+            if func.__name__ in _LEFT_OUT:
                 return args[0] if args else kwargs["tensor"]
             return func(*args, **(kwargs or {}))
 
