@@ -1,6 +1,7 @@
 """Generated images on disk: a folder of PNGs with a grid to look at, and the npz that evaluation suites read.
 
-Folder: `<class index, 4 digits>-<index, 5 digits>.png`, `grid.png`, optionally `samples.npz`, `manifest.json`.
+Folder: `<class index, 4 digits>-<index, 5 digits>.png`, `grid.png`, optionally `samples.npz`, `manifest.json`;
+what comes without single files is in `varcli.data.parts`.
 """
 
 from __future__ import annotations
@@ -230,7 +231,7 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
         return path
 
     def add(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """Count in the images of these (class index, index), which other processes wrote by `write_sample`."""
+        """Count in the images of these (class index, index), which others wrote, such as an `ImageSaver`."""
         self._present.update(name for name in (sample_name(*pair) for pair in pairs) if (self.out / name).exists())
 
     def finish(
