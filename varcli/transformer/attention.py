@@ -53,9 +53,11 @@ def attend_by_step(
 ) -> Tensor:
     """Let the queries of each step see the keys of their own step and of all earlier ones; returns (B, l, n * d).
 
-    The queries are the last l tokens of L. One attention without a mask for each step, over a prefix of the keys: the fast
+    The queries, (B, n, l, d), are the last l of the L tokens whose keys and values, (B, n, L, d), are given; step_lengths
+    add up to l. One attention without a mask for each step, over a prefix of the keys: the fast
     kernels take no mask, and what a mask hides is not computed.
     """
+    assert sum(step_lengths) == q_Bnld.shape[2], (step_lengths, q_Bnld.shape)
     before = k_BnLd.shape[2] - q_Bnld.shape[2]
     steps, start = [], 0
     for length in step_lengths:
