@@ -182,7 +182,9 @@ def test_bad_input_is_one_clear_error(model, tmp_path, arguments, said):
 
 
 def test_no_images_is_wrong_usage(model):
-    assert run("sample", "--model", model, "--n", 0).exit_code == 2
+    for options in (["--n", 0], ["--classes", "all", "--per-class", -1]):
+        done = run("sample", "--model", model, *options)
+        assert done.exit_code == 2 and "1 or more" in done.output
 
 
 def test_an_unknown_model_and_a_swapped_tokenizer_are_refused(model, tiny_tokenizer, tmp_path, monkeypatch):
@@ -270,6 +272,8 @@ def test_two_processes_of_torchrun_draw_what_one_draws_and_fill_its_gaps(model, 
     for wrong in (["--compile", "maybe"], ["--model", "nobodys"], ["--reject", "x"]):
         refused = subprocess.run([*command, *wrong], env=environment, capture_output=True, text=True)
         assert refused.returncode != 0 and refused.stderr.count("error: ") == 1, refused.stderr
+    refused = subprocess.run([*command, "--count", "0"], env=environment, capture_output=True, text=True)
+    assert refused.returncode != 0 and refused.stderr.count("1 or more") == 1, refused.stderr
 
 
 @pytest.mark.distributed

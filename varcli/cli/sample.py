@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Option
+from typer import BadParameter, Option
 
 from varcli.cli import console
 from varcli.cli.options import (
@@ -28,12 +28,12 @@ _COMPILE_FROM = 1000  # images a process
 def sample(
     class_: ClassesOption = None,
     n: Annotated[
-        int | None, Option("--n", min=1, help="Images of each class; default: 16, or 4 without --class.")
+        int | None, Option("--n", "--count", help="Images of each class; default: 16, or 4 without --class.")
     ] = None,
     classes: Annotated[
         str | None, Option("--classes", help="all, in place of --class: every class.", show_default=False)
     ] = None,
-    per_class: Annotated[int | None, Option("--per-class", min=1, help="With --classes all; default: 4.")] = None,
+    per_class: Annotated[int | None, Option("--per-class", help="With --classes all; default: 4.")] = None,
     out: OutOption = Path("samples"),
     model: ModelOption = None,
     cfg: Annotated[float | None, Option("--cfg", help="Guidance in VAR's convention: 0 is none. Default: 1.5.")] = None,
@@ -104,7 +104,8 @@ def sample(
 
     With several GPUs: torchrun --nproc-per-node 8 -m varcli sample ...; they
     share the images, which are those of one: byte for byte on a CPU, on a GPU
-    up to what rounding changes.
+    up to what rounding changes. Some versions of torchrun take --n for an option
+    of theirs; --count is the same.
     """
     from varcli import config as configs
     from varcli.distributed import join_world
@@ -116,6 +117,9 @@ def sample(
     from varcli.sampling.write import sample_to_folder
 
     with join_world(device) as (world, own_device):  # whatever is wrong, one of the processes says so
+        for name, value in (("--n", n), ("--per-class", per_class)):
+            if value is not None and value < 1:
+                raise BadParameter(f"must be 1 or more, but is {value}", param_hint=name)
         if classes not in (None, "all"):
             raise ConfigError(f"`--classes` takes `all`, but got `{classes}`", "name single classes with --class")
         if classes and class_:
