@@ -150,7 +150,8 @@ def test_a_reduced_jpeg_gives_nearly_the_pixels_of_the_whole(tmp_path, crop):
     pixels = {}
     for reduced in (False, True):
         config = DecodeConfig(size=32, crop=crop, reduced=reduced)
-        task = {"config": to_dict(config), "root": str(tmp_path), "shape": None, "images": [[path, [0, 1], False]]}
+        task = {"do": "decode", "config": to_dict(config), "root": str(tmp_path), "shape": None}
+        task["images"] = [[path, [0, 1], False]]
         header, pixels[reduced] = run_task(task, b"")
         assert header["rows"] == [(0, 0), (0, 1)] and header["notes"] == []
     difference = np.abs(pixels[True].astype(int) - pixels[False])

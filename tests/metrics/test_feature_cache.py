@@ -156,7 +156,7 @@ def test_any_number_of_ranks_gives_the_same_rows_and_shares_the_work(folder, tmp
     networks, results = [MeanColour() for _ in range(size)], {}
 
     def work(rank: int) -> None:
-        world = Threads(rank, size, barrier)
+        world = Threads(rank, size, barrier=barrier)
         results[rank] = extract_features(source, networks[rank], True, cache=tmp_path / "cache", world=world)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
