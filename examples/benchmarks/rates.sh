@@ -1,39 +1,52 @@
 #!/usr/bin/env bash
-# The rates of this folder's pages, each group beside a matrix product on the same device: one JSON line a measurement.
+# The rates of this folder's pages, each beside a matrix product on the same device: JSON lines in OUT, default rates.jsonl.
 #
-#   bash examples/benchmarks/rates.sh train    > train.jsonl      d16 with torch's and with our kernels; d20, d24, d30
-#   bash examples/benchmarks/rates.sh sample   > sample.jsonl     d16 and d30, batches from 1 on, whole and by part
-#   bash examples/benchmarks/rates.sh tokenize > tokenize.jsonl   pixels to codes, JPEG files to codes on disk
-#   bash examples/benchmarks/rates.sh profile  > profile.txt      which kernels the time goes to
+#   bash examples/benchmarks/rates.sh train-16 sample-16 sample-30     some groups, in this order
+#   bash examples/benchmarks/rates.sh                                  names the groups
 #
-# Written for one H100 80GB, where each group is meant to take less than ten minutes, compiling included (not yet timed).
-set -euo pipefail
+# Each measurement is a process of its own that ends after LIMIT seconds, default 300: one that fails or takes long costs
+# the others nothing. Written for one H100 80GB, compiling included; not yet timed there.
+set -uo pipefail
+OUT=${OUT:-rates.jsonl} LIMIT=${LIMIT:-300} PYTHON=${PYTHON:-python3}
 
-bench() { varcli bench "$@" --compile; }
+bench() {
+  echo "varcli bench $*" >&2
+  timeout "$LIMIT" "$PYTHON" -m varcli bench "$@" >> "$OUT" || echo "  ended with $?" >&2
+}
 
-case "${1:-}" in
-  train)
-    bench train --depth 16 --batch-size 96 --batch-size 128 --kernels torch --kernels triton --json
-    for depth in 20:96 24:48 30:16; do
-      bench train --depth "${depth%:*}" --batch-size "${depth#*:}" --kernels torch --kernels triton --json
-    done
-    ;;
-  sample)
-    bench sample --depth 16 --batch-size 1 --batch-size 8 --batch-size 64 --batch-size 256 --json
-    bench sample --depth 30 --batch-size 1 --batch-size 8 --batch-size 64 --batch-size 256 --json
-    ;;
-  tokenize)
-    bench tokenize --precision bf16 --batch-size 64 --batch-size 128 --json
-    varcli bench tokenize --precision fp32 --batch-size 64 --json
-    bench tokenize-files --precision bf16 --json
-    ;;
-  profile)
-    bench train --depth 16 --batch-size 96 --kernels torch --kernels triton --profile
-    bench sample --depth 16 --batch-size 1 --batch-size 64 --profile
-    bench tokenize --precision bf16 --batch-size 64 --profile
-    ;;
-  *)
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
-    exit 2
-    ;;
-esac
+train() {  # depth, batch
+  bench train --depth "$1" --batch-size "$2" --compile --kernels torch --json
+  bench train --depth "$1" --batch-size "$2" --compile --kernels triton --json
+}
+
+sample() {  # depth
+  bench sample --depth "$1" --batch-size 1 --batch-size 64 --compile --json
+  bench sample --depth "$1" --batch-size 8 --batch-size 256 --compile --json
+}
+
+[ $# -gt 0 ] || set -- help
+for group in "$@"; do
+  case "$group" in
+    train-16) train 16 96 ;;
+    train-20) train 20 64 ;;
+    train-24) train 24 32 ;;
+    train-30) train 30 16 ;;
+    sample-16) sample 16 ;;
+    sample-30) sample 30 ;;
+    tokenize)
+      bench tokenize --precision fp16 --batch-size 128 --compile --json
+      bench tokenize --precision fp32 --batch-size 64 --json
+      bench tokenize-files --precision fp16 --batch-size 128 --compile --json
+      ;;
+    profile)  # text: the kernels that the time goes to
+      bench train --depth 16 --batch-size 96 --compile --kernels torch --profile
+      bench train --depth 16 --batch-size 96 --compile --kernels triton --profile
+      bench sample --depth 16 --batch-size 1 --compile --profile
+      bench sample --depth 16 --batch-size 64 --compile --profile
+      ;;
+    *)
+      echo "groups: train-16 train-20 train-24 train-30 sample-16 sample-30 tokenize profile" >&2
+      exit 2
+      ;;
+  esac
+done

@@ -9,13 +9,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from varcli.bench import calibrate
+from varcli.bench import calibrate, sampling, stages
 from varcli.bench.config import BenchConfig
 from varcli.bench.counting import encoding_flops
 from varcli.bench.profile import by_kind, kind_of
 from varcli.bench.stages import STAGES, run_bench
 from varcli.cli.app import app
-from varcli.errors import ConfigError
+from varcli.errors import ConfigError, MemoryLimitError
+from varcli.sampling import SampleConfig
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,39 @@ def test_each_line_of_json_says_on_its_own_what_ran_where(stage):
 
 def test_work_of_the_released_tokenizer_matches_the_count_on_the_reference():
     assert encoding_flops(BenchConfig().tokenizer) / 1e9 == pytest.approx(215.1 + 0.23, rel=0.01)
+
+
+def test_what_was_measured_is_told_at_once_and_too_little_memory_costs_that_job_alone(monkeypatch):
+    config = BenchConfig(depth=1, scales="1,2", tokenizer_width=32, batch_sizes=(1, 2, 3), repeats=1, device="cpu")
+    measure, messages, told = stages._measure, [], []
+
+    def full(name, size, *rest):
+        if size == 2:
+            raise torch.OutOfMemoryError
+        return measure(name, size, *rest)
+
+    monkeypatch.setattr(stages, "_measure", full)
+    result = run_bench("train", config, lambda step: messages.append(step.message), told.append)
+    assert [entry.batch_size for entry in result.measurements] == [1, 3]
+    assert [part.measurements[0] for part in told] == list(result.measurements)
+    assert any(message and "batch 2" in message and "too little memory" in message for message in messages)
+    with pytest.raises(MemoryLimitError):
+        run_bench("train", replace(config, batch_sizes=(2,)))
+
+
+def test_on_a_gpu_the_whole_generation_is_the_engines(monkeypatch):
+    started = []
+
+    class Stub:
+        def __init__(self, generator, settings, batch_size):
+            assert batch_size == 3
+
+        def start(self, seed, classes, indices):
+            started.append((seed, list(classes), list(indices)))
+
+    monkeypatch.setattr(sampling, "Engine", Stub)
+    sampling._whole(None, SampleConfig(), [4, 5, 6], torch.device("cuda"))()
+    assert started == [(0, [4, 5, 6], [0, 1, 2])]
 
 
 def test_an_unknown_stage_is_refused():

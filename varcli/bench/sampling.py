@@ -28,11 +28,12 @@ def sampling_stage(
 
     On a CUDA GPU each is one CUDA graph, as `varcli sample` runs it.
     """
-    tokenizer = VQVAE(config.tokenizer).to(device).eval().requires_grad_(False)
-    transformer = Transformer(config.transformer).eval().requires_grad_(False)
+    with torch.device(device):  # where weights are drawn fastest
+        tokenizer = VQVAE(config.tokenizer).eval().requires_grad_(False)
+        transformer = Transformer(config.transformer).eval().requires_grad_(False)
     if dtype != torch.float32:
         transformer.keep_products_in(dtype)
-    generator = Generator(tokenizer, transformer.to(device))
+    generator = Generator(tokenizer.to(device), transformer.to(device))
     if config.compile:
         generator.compile()
     settings = SampleConfig(precision=str(config.precision))
@@ -64,7 +65,7 @@ def _whole(
 ) -> Callable[[], object]:
     if device.type == "cuda":
         engine = Engine(generator, settings, len(labels))
-        return lambda: engine.draw(labels, range(len(labels)))
+        return lambda: engine.start(settings.seed, labels, range(len(labels)))
     labels_B = torch.tensor(labels, device=device)
     noise = KeyedNoise(settings.seed, labels, range(len(labels)), device)
     return lambda: generator.decode(generator.generate(labels_B, noise, settings), settings)

@@ -20,7 +20,7 @@ from varcli.bench.result import BenchResult, Measurement
 from varcli.bench.sampling import sampling_stage
 from varcli.bench.tokenizer_training import tokenizer_training_stage
 from varcli.devices import precision_name, resolve_device, resolve_precision
-from varcli.errors import unknown_name
+from varcli.errors import MemoryLimitError, unknown_name
 from varcli.kernels import resolve_kernels
 from varcli.order import ScaleOrder
 from varcli.progress import OnStep, Step, ignore
@@ -34,8 +34,17 @@ from varcli.training.schedules import Schedule
 from varcli.transformer import Transformer, drop_branches
 
 
-def run_bench(stage: str, config: BenchConfig | None = None, on_step: OnStep = ignore) -> BenchResult:
-    """Measure a stage of STAGES, or those of ALL. Raises ConfigError for another name."""
+def run_bench(
+    stage: str,
+    config: BenchConfig | None = None,
+    on_step: OnStep = ignore,
+    on_result: Callable[[BenchResult], None] = lambda result: None,
+) -> BenchResult:
+    """Measure a stage of STAGES, or those of ALL. Raises ConfigError for another name.
+
+    on_result: told what each job came to as soon as it is done. A job for which there is too little memory is told to
+    `on_step` and left out; MemoryLimitError if that is every one.
+    """
     config = config or BenchConfig()
     if stage not in ("all", FILES, *STAGES):
         raise unknown_name("stage", stage, [*STAGES, FILES, "all"])
@@ -55,12 +64,25 @@ def run_bench(stage: str, config: BenchConfig | None = None, on_step: OnStep = i
         message = f"{name}, batch {size}" + (f", {kernels} kernels" if kernels else "")
         on_step(Step(done, len(jobs), unit="measurements", message=message))
         chosen = replace(config, kernels=(kernels,)) if kernels else config
-        if name == FILES:
-            found += measure_files(size, chosen, device, dtype, ceiling, on_step)
-        else:
-            measurements = _measure(name, size, chosen, device, dtype, ceiling)
-            found += [replace(measurement, kernels=kernels) for measurement in measurements]
+        measurements: list[Measurement] | None = None
+        try:
+            if name == FILES:
+                measurements = measure_files(size, chosen, device, dtype, ceiling, on_step)
+            else:
+                measurements = [
+                    replace(measurement, kernels=kernels)
+                    for measurement in _measure(name, size, chosen, device, dtype, ceiling)
+                ]
+        except torch.OutOfMemoryError:
+            on_step(Step(done, len(jobs), unit="measurements", message=f"{message}: too little memory"))
+        if measurements is None:
+            torch.cuda.empty_cache()  # only now is what the job held free
+            continue
+        on_result(BenchResult(ceiling=ceiling, measurements=tuple(measurements)))
+        found += measurements
     on_step(Step(len(jobs), len(jobs), unit="measurements"))
+    if not found:
+        raise MemoryLimitError("there is too little memory for any of the measurements", "use a smaller --batch-size")
     return BenchResult(ceiling=ceiling, measurements=tuple(found))
 
 
@@ -132,7 +154,9 @@ def _tokenize(size: int, config: BenchConfig, device: torch.device, dtype: torch
 def _train(size: int, config: BenchConfig, device: torch.device, dtype: torch.dtype) -> Stage:
     """One optimizer step on codes that lie on the device."""
     quantizer = MultiScaleQuantizer(config.tokenizer).to(device)
-    model = Transformer(config.transformer).to(device).train()
+    with torch.device(device):  # where weights are drawn fastest
+        model = Transformer(config.transformer).train()
+    model.to(device)
     model.kernels = resolve_kernels(config.kernels[0], device)
     objective = Objective(model, ScaleOrder(quantizer), device, dtype)
     if config.compile:

@@ -98,10 +98,11 @@ def bench(
     )
     if values:
         resolved = replace(resolved, tokenizer_training=_tokenizer_training(gather_tokenizer(values), resolved))
-    result = run_bench(stage, resolved, on_step=console.progress("measuring"))
-    if json:
-        console.json_lines(result.records())
+    progress = console.progress("measuring")
+    if json:  # line by line, so that what was measured is there if the rest comes to nothing
+        run_bench(stage, resolved, progress, lambda result: console.json_lines(result.records()))
         return
+    result = run_bench(stage, resolved, progress)
     ceiling = result.ceiling
     console.result(
         f"{ceiling.device}: {ceiling.dtype} matrix product {ceiling.matmul_tflops:.3g} TFLOP/s, "

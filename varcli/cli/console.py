@@ -47,7 +47,7 @@ def json_lines(values: Iterable[Any]) -> None:
     """Print results for programs to stdout, one JSON value a line."""
     close_progress()
     for value in values:
-        print(json.dumps(value, ensure_ascii=True, default=str))
+        print(json.dumps(value, ensure_ascii=True, default=str), flush=True)
 
 
 def report(value: Any, as_json: bool, text: str) -> None:

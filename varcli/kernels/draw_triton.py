@@ -36,23 +36,24 @@ def draw_codes(
     batch, length, vocab_size = wanted_BlV.shape
     codes_Bl = torch.empty(batch, length, dtype=torch.int64, device=wanted_BlV.device)
     wanted_BlV = wanted_BlV.contiguous()
-    _draw_row[(batch * length,)](
-        wanted_BlV,
-        wanted_BlV if unwanted_BlV is None else unwanted_BlV.contiguous(),
-        keys_B,
-        codes_Bl,
-        is_bad,
-        length,
-        vocab_size,
-        float(strength),
-        min(top_k or vocab_size, vocab_size),
-        float(top_p or 1.0),
-        IS_GUIDED=unwanted_BlV is not None,
-        HAS_TOP_K=top_k is not None and top_k < vocab_size,
-        HAS_TOP_P=top_p is not None and top_p < 1,
-        BLOCK=triton.next_power_of_2(vocab_size),
-        num_warps=_WARPS,
-    )
+    with torch.cuda.device_of(wanted_BlV):
+        _draw_row[(batch * length,)](
+            wanted_BlV,
+            wanted_BlV if unwanted_BlV is None else unwanted_BlV.contiguous(),
+            keys_B,
+            codes_Bl,
+            is_bad,
+            length,
+            vocab_size,
+            float(strength),
+            min(top_k or vocab_size, vocab_size),
+            float(top_p or 1.0),
+            IS_GUIDED=unwanted_BlV is not None,
+            HAS_TOP_K=top_k is not None and top_k < vocab_size,
+            HAS_TOP_P=top_p is not None and top_p < 1,
+            BLOCK=triton.next_power_of_2(vocab_size),
+            num_warps=_WARPS,
+        )
     return codes_Bl
 
 

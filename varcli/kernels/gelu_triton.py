@@ -20,8 +20,8 @@ def _varcli_gelu_forward(
     num_rows,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first = tl.program_id(1) * ROWS
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0) * ROWS  # the axis that may be long
     bias = tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0).to(tl.float32)
     for start in range(first, min(first + ROWS, num_rows), TILE_ROWS):
         rows = start + tl.arange(0, TILE_ROWS)
@@ -39,8 +39,8 @@ def _varcli_gelu_backward(
     num_rows,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first = tl.program_id(1) * ROWS
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0) * ROWS  # the axis that may be long
     bias = tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0).to(tl.float32)
     sums = tl.zeros((TILE_ROWS, BLOCK), tl.float32)
     for start in range(first, min(first + ROWS, num_rows), TILE_ROWS):
@@ -54,7 +54,7 @@ def _varcli_gelu_backward(
         grad = grad * (share + x * share * (1 - share) * slope)
         sums += grad
         tl.store(grad_before_ptr + at, grad.to(grad_before_ptr.dtype.element_ty), mask=inside)
-    tl.store(sums_ptr + tl.program_id(1) * WIDTH + columns, tl.sum(sums, axis=0), mask=columns < WIDTH)
+    tl.store(sums_ptr + tl.program_id(0) * WIDTH + columns, tl.sum(sums, axis=0), mask=columns < WIDTH)
 
 
 def launch_forward(before: Tensor, bias_H: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def launch_forward(before: Tensor, bias_H: Tensor) -> Tensor:
     result = torch.empty_like(before)
     block = min(_COLUMNS, triton.next_power_of_2(width))
     with torch.cuda.device_of(before):
-        _varcli_gelu_forward[(triton.cdiv(width, block), triton.cdiv(num_rows, _FORWARD_ROWS))](
+        _varcli_gelu_forward[(triton.cdiv(num_rows, _FORWARD_ROWS), triton.cdiv(width, block))](
             before,
             bias_H.contiguous(),
             result,
@@ -89,7 +89,7 @@ def launch_backward(grad: Tensor, before: Tensor, bias_H: Tensor) -> tuple[Tenso
     sums = torch.empty(chunks, width, dtype=torch.float32, device=before.device)
     block = min(_COLUMNS, triton.next_power_of_2(width))
     with torch.cuda.device_of(before):
-        _varcli_gelu_backward[(triton.cdiv(width, block), chunks)](
+        _varcli_gelu_backward[(chunks, triton.cdiv(width, block))](
             grad,
             before,
             bias_H.contiguous(),

@@ -24,20 +24,22 @@ def capture(run: Callable[[], T], device: torch.device) -> tuple[torch.cuda.CUDA
 
     run: must neither wait for the device nor depend on anything but tensors that stay where they are.
     """
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UPS):
-            run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # other threads, which decode or save, may go on with what they do
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = run()
     return graph, result
 
 
 class Engine:
-    """Draws batches of one size with one set of settings, on a CUDA GPU.
+    """Draws batches of one size with one set of settings but for the seed, on a CUDA GPU.
 
     Capturing takes about as long as drawing three batches, and keeps the memory of one.
     """
@@ -45,10 +47,10 @@ class Engine:
     def __init__(self, generator: Generator, config: SampleConfig, batch_size: int) -> None:
         self.generator, self.config = generator, config
         self.labels_B = torch.zeros(batch_size, dtype=torch.int64, device=generator.device)
-        self.noise = KeyedNoise(config.seed, [0] * batch_size, [0] * batch_size, generator.device)
+        self.noise = KeyedNoise(0, [0] * batch_size, [0] * batch_size, generator.device)
         self.graph, (self.images_B3HW, self.is_bad) = capture(self._run, generator.device)
 
-    def start(self, classes: Sequence[int], indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def start(self, seed: int, classes: Sequence[int], indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Begin to draw at most batch_size class numbers and indices, without waiting for the device.
 
         Returns the images, uint8 (n, 3, H, W) on the device, which the next call overwrites after all that was asked of the
@@ -57,11 +59,12 @@ class Engine:
         count, missing = len(classes), len(self.labels_B) - len(classes)
         classes = [*classes, *[classes[-1]] * missing]  # a short batch draws its last image more than once
         indices = [*indices, *[indices[-1]] * missing]
-        keys_B = image_keys(self.config.seed, classes, indices)
-        # from pinned memory, else the copy waits for the batch before
-        self.labels_B.copy_(torch.tensor(classes).pin_memory(), non_blocking=True)
-        self.noise.keys_B.copy_(keys_B.pin_memory(), non_blocking=True)
-        self.graph.replay()
+        keys_B = image_keys(seed, classes, indices)
+        with torch.cuda.device(self.generator.device):
+            # from pinned memory, else the copy waits for the batch before
+            self.labels_B.copy_(torch.tensor(classes).pin_memory(), non_blocking=True)
+            self.noise.keys_B.copy_(keys_B.pin_memory(), non_blocking=True)
+            self.graph.replay()
         return self.images_B3HW[:count], self.is_bad
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 from collections import defaultdict
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from varcli import config as configs
 from varcli.data.classes import ClassNames
-from varcli.devices import autocast, precision_name, resolve_device, resolve_precision
+from varcli.devices import autocast, exact_convolutions, precision_name, resolve_device, resolve_precision
 from varcli.errors import ArtifactError, ConfigError, MemoryLimitError, NumericError, unknown_name
 from varcli.order import ORDERS
 from varcli.sampling.choose import CodeChooser
 from varcli.sampling.engine import Engine
-from varcli.sampling.memory import choose_batch_size, choose_decode_chunk
+from varcli.sampling.memory import choose_batch_size, choose_decode_chunk, image_bytes
 from varcli.sampling.models import find_model
 from varcli.sampling.noise import KeyedNoise, Noise
 from varcli.sampling.settings import SampleConfig
@@ -29,6 +30,8 @@ from varcli.tokenizer import VQVAE
 from varcli.tokenizer.store import load_tokenizer
 from varcli.transformer import Transformer
 from varcli.transformer.store import load_transformer
+
+_CAPTURE_FROM = 4  # batches: capturing takes about as long as drawing three
 
 
 class Generator:
@@ -65,8 +68,8 @@ class Generator:
         self.classes = ClassNames.of(classes, config.num_classes)
         self.device = next(transformer.parameters()).device
         self._to_pixels = to_pixels
-        self._decode_chunks: dict[int, int] = {}  # images decoded at once, by batch
-        self._batch_sizes: dict[tuple[bool, torch.dtype], int] = {}  # with guidance or without, by precision
+        self._decode_chunks: dict[tuple[int, torch.dtype], int] = {}  # images decoded at once, by batch and precision
+        self._batch_sizes: dict[tuple[bool, bool, torch.dtype], int] = {}  # by guidance, smoothness and precision
         self._engine: Engine | None = None
         self._engine_key: tuple[SampleConfig, int] | None = None
 
@@ -130,18 +133,21 @@ class Generator:
         done = 0
         while done < len(numbers):
             size = min(batch_size or self.batch_size(config), len(numbers))
+            is_full = False
             try:
                 for images in self._batches_of(size, numbers[done:], indices[done:], config):
                     yield images
                     done += len(images)
             except torch.OutOfMemoryError:
+                is_full = True
+            if is_full:  # only now is what the failed batch held free
                 self._engine, self._engine_key = None, None
                 if batch_size is not None or size == 1:
                     raise MemoryLimitError(
                         f"there is too little memory on {self.device} to draw {size} images at once",
                         "use --batch-size 1, --precision bf16 or --device cpu, or close what else uses the device",
-                    ) from None
-                self._batch_sizes[bool(config.cfg), self.dtype(config)] = size // 2
+                    )
+                self._batch_sizes[bool(config.cfg), config.smooth, self.dtype(config)] = size // 2
                 torch.cuda.empty_cache()
 
     def _batches_of(self, size: int, numbers: list[int], indices: list[int], config: SampleConfig) -> Iterator[Tensor]:
@@ -155,7 +161,7 @@ class Generator:
                 f_hat = self.generate(torch.tensor(batch, device=self.device), noise, config)
                 yield self.decode(f_hat, config).cpu()
                 continue
-            following = Transfer(*engine.start(batch, places))
+            following = Transfer(*engine.start(config.seed, batch, places))
             if under_way is not None:
                 yield self._land(under_way, config)
             under_way = following
@@ -168,12 +174,13 @@ class Generator:
         return images
 
     def _engine_for(self, config: SampleConfig, size: int, num_batches: int) -> Engine | None:
-        """Return what draws batches of `size` fastest: None where nothing is gained, as for a single batch."""
+        """Return what draws batches of `size` fastest: None where nothing is gained, as for a few batches."""
         if self.device.type != "cuda":
             return None
-        is_known = self._engine_key == (config, size)
-        self._engine_key, self._engine = (config, size), self._engine if is_known else None
-        if self._engine is None and (is_known or num_batches > 1):
+        key = configs.replace(config, {"seed": 0}), size
+        is_known = self._engine_key == key
+        self._engine_key, self._engine = key, self._engine if is_known else None
+        if self._engine is None and (is_known or num_batches >= _CAPTURE_FROM):
             self._engine = Engine(self, config, size)
         return self._engine
 
@@ -185,7 +192,8 @@ class Generator:
         self._engine, self._engine_key = None, None
         self.transformer.compile_steps(backend)
         if self.device.type == "cuda":
-            self.tokenizer.to(memory_format=torch.channels_last)  # slower than before unless it is compiled
+            for part in (self.tokenizer.post_conv, self.tokenizer.decoder):
+                part.to(memory_format=torch.channels_last)  # slower than before unless it is compiled
         self._to_pixels = torch.compile(to_pixels, backend=backend, dynamic=False)
 
     def stream(
@@ -204,15 +212,21 @@ class Generator:
         numbers, indices = self._number(classes, indices)
         chooser = self._chooser(KeyedNoise(config.seed, numbers, indices, self.device), config)
         labels_B = torch.tensor(numbers, device=self.device)
-        for state in walk_steps(self.transformer, self.order, labels_B, chooser, config, self.dtype(config)):
+        steps = walk_steps(self.transformer, self.order, labels_B, chooser, config, self.dtype(config))
+        while True:
+            with self._convolutions(config):
+                state = next(steps, None)
+            if state is None:
+                return
             self.require_finite(chooser.is_bad, config)
             yield self.decode(self._settle(self.order.finish(state), chooser.drawn), config).cpu()
 
     def batch_size(self, config: SampleConfig) -> int:
         """Images at a time that fit the device's memory, at most 256 on a GPU; fewer once that many did not fit."""
-        key = bool(config.cfg), self.dtype(config)
+        key = is_guided, is_smooth, dtype = bool(config.cfg), config.smooth, self.dtype(config)
         if key not in self._batch_sizes:
-            self._batch_sizes[key] = choose_batch_size(self.transformer.config, key[1], key[0], self.device)
+            image = image_bytes(self.transformer.config, dtype, is_guided, is_smooth)
+            self._batch_sizes[key] = choose_batch_size(self.transformer.config, image, self.device)
         return self._batch_sizes[key]
 
     def dtype(self, config: SampleConfig) -> torch.dtype:
@@ -239,7 +253,8 @@ class Generator:
     def generate_unchecked(self, labels_B: Tensor, noise: Noise, config: SampleConfig) -> tuple[Tensor, Tensor]:
         """Do as `generate` without waiting for the device: return f_hat, and what `require_finite` reads."""
         chooser = self._chooser(noise, config)
-        *_, state = walk_steps(self.transformer, self.order, labels_B, chooser, config, self.dtype(config))
+        with self._convolutions(config):
+            *_, state = walk_steps(self.transformer, self.order, labels_B, chooser, config, self.dtype(config))
         return self._settle(self.order.finish(state), chooser.drawn), chooser.is_bad
 
     def require_finite(self, is_bad: Tensor, config: SampleConfig) -> None:
@@ -251,6 +266,11 @@ class Generator:
                 if self.dtype(config) == torch.float16
                 else "its training has diverged: look at the losses in the run's metrics.jsonl",
             )
+
+    def _convolutions(self, config: SampleConfig) -> contextlib.AbstractContextManager:
+        """Convolutions in float32 if that is the precision: cuDNN rounds to TF32 unless told otherwise."""
+        is_exact = self.device.type == "cuda" and self.dtype(config) == torch.float32
+        return exact_convolutions() if is_exact else contextlib.nullcontext()
 
     def _chooser(self, noise: Noise, config: SampleConfig) -> CodeChooser:
         return CodeChooser(self.order, self.tokenizer.quantizer.codebook.weight.float(), noise, config)
@@ -268,12 +288,12 @@ class Generator:
     @torch.no_grad()
     def decode(self, f_hat_BZhw: Tensor, config: SampleConfig | None = None) -> Tensor:
         """Turn feature maps into uint8 images (B, 3, H, W), rounded to the nearest level, a few at a time."""
-        dtype = self.dtype(config or SampleConfig())
-        batch = len(f_hat_BZhw)
-        if batch not in self._decode_chunks:  # asked once, so that it is not asked while a graph is captured
-            self._decode_chunks[batch] = choose_decode_chunk(batch, self.tokenizer.config, self.device)
-        chunk = self._decode_chunks[batch]
-        with autocast(self.device, dtype):
+        config = config or SampleConfig()
+        key = batch, dtype = len(f_hat_BZhw), self.dtype(config)
+        if key not in self._decode_chunks:  # asked once, so that it is not asked while a graph is captured
+            self._decode_chunks[key] = choose_decode_chunk(batch, self.tokenizer.config, dtype, self.device)
+        chunk = self._decode_chunks[key]
+        with autocast(self.device, dtype), self._convolutions(config):
             return torch.cat([self._to_pixels(self.tokenizer, part) for part in f_hat_BZhw.split(chunk)])
 
     def _assemble(self, vectors: Sequence[Tensor]) -> Tensor:
