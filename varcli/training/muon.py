@@ -59,8 +59,12 @@ class MuonAdamW(Optimizer):
         matrices = [entry for group in self.muon.param_groups for entry in group["params"] if entry.grad is not None]
         before = [matrix.clone() for matrix in matrices]
         for matrix in matrices:
-            momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix.grad))
-            matrix.grad.copy_(torch.where(bad, momentum, matrix.grad))  # momentum on its way to itself stays the same
+            state = self.state[matrix]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(matrix.grad)
+            matrix.grad.copy_(
+                torch.where(bad, state["momentum_buffer"], matrix.grad)
+            )  # momentum on its way to itself stays the same
         self.muon.step()
         for matrix, old in zip(matrices, before, strict=True):
             matrix.copy_(torch.where(bad, old, matrix))
