@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from varcli.training import TrainConfig
 from varcli.training.ema import Averages
 from varcli.training.runlog import read_log
 from varcli.training.settings import resolve
+from varcli.training.transformer_trainer import TransformerTrainer
 
 SEVERAL = replace(TINY, ema_decays=(0.5, 0.1))
 
@@ -78,6 +81,18 @@ def test_the_first_counts_until_something_was_measured():
     averages.take_best = False
     assert averages.average is averages.members[0]
     assert Averages(nn.Linear(2, 2), ()).average is None
+
+
+@pytest.mark.parametrize(
+    "losses", [(2.0, float("nan"), 1.0), (float("inf"), float("nan"), 3.0), (float("nan"), float("inf"))]
+)
+def test_what_is_remembered_of_losses_that_are_no_numbers_chooses_the_same(losses):
+    decays = (0.9, 0.5, 0.1)[: len(losses)]
+    before, after = (Averages(nn.Linear(2, 2), decays, take_best=True) for _ in range(2))
+    before.losses.copy_(torch.tensor(losses))
+    stored = json.dumps(TransformerTrainer.remember(SimpleNamespace(averages=before)), allow_nan=False)
+    TransformerTrainer.recall(SimpleNamespace(averages=after), json.loads(stored))
+    assert after.chosen == before.chosen
 
 
 @pytest.mark.parametrize(

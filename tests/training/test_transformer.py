@@ -85,6 +85,29 @@ def test_accumulation_equals_the_large_batch(codes, tokenizer_folder, monkeypatc
         torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("averages", "fitting"), [({"ema_decay": 0.0}, 3), ({"ema_decay": 0.9, "ema_decays": (0.5,)}, 5)]
+)
+def test_the_micro_batch_fits_what_is_still_to_come(codes, tokenizer_folder, monkeypatch, averages, fitting):
+    config = replace(TINY, micro_batch_size=None, batch_size=fitting * 4, **averages)
+    trainer = make_trainer(codes, tokenizer_folder, replace(config, micro_batch_size=1))
+    to_come = trainer.model.num_parameters * (4 + 8 + 2)  # gradients, moments, half-precision copy
+    free = (to_come + (fitting + 0.5) * trainer.image_bytes()) / 0.85
+    monkeypatch.setattr("varcli.training.plan.free_bytes", lambda device: free)
+    assert make_trainer(codes, tokenizer_folder, config).micro_batch_size == fitting
+
+
+@pytest.mark.parametrize(("size", "found"), [(8, [False, False]), (2, [False, True])])
+def test_the_timed_try_finds_gradients_as_a_step_does(codes, tokenizer_folder, monkeypatch, size, found):
+    trainer = make_trainer(codes, tokenizer_folder, replace(TINY, micro_batch_size=size))
+    seen, loss = [], trainer.objective.loss
+    has_gradients = lambda: any(parameter.grad is not None for parameter in trainer.model.parameters())  # noqa: E731
+    monkeypatch.setattr(trainer.objective, "loss", lambda *inputs: seen.append(has_gradients()) or loss(*inputs))
+    trainer.prepare(0)
+    assert seen == found
+    assert not has_gradients()
+
+
 def test_the_loss_is_the_mean_over_tokens_and_labels_are_dropped_in_training_only(codes, tokenizer_folder):
     trainer = make_trainer(codes, tokenizer_folder, replace(TINY, label_dropout=1.0, dropout=0.0, drop_path=0.0))
     seen = []

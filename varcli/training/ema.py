@@ -85,7 +85,11 @@ class Averages:
     @property
     def chosen(self) -> int:
         """Index of the average that counts."""
-        return int(self.losses.nan_to_num(nan=math.inf).argmin()) if self.take_best and self.members else 0
+        return (
+            int(self.losses.nan_to_num(nan=math.inf, posinf=math.inf).argmin())
+            if self.take_best and self.members
+            else 0
+        )
 
     @property
     def average(self) -> Ema | None:

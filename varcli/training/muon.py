@@ -62,9 +62,8 @@ class MuonAdamW(Optimizer):
             state = self.state[matrix]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(matrix.grad)
-            matrix.grad.copy_(
-                torch.where(bad, state["momentum_buffer"], matrix.grad)
-            )  # momentum on its way to itself stays the same
+            # momentum on its way to itself stays the same
+            matrix.grad.copy_(torch.where(bad, state["momentum_buffer"], matrix.grad))
         self.muon.step()
         for matrix, old in zip(matrices, before, strict=True):
             matrix.copy_(torch.where(bad, old, matrix))

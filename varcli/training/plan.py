@@ -74,9 +74,12 @@ def activation_bytes(config: TransformerConfig, dtype: torch.dtype, is_compiled:
     return round(config.seq_len * (channels + config.vocab_size * _LOGIT_BYTES[kernels]))
 
 
-def state_bytes(num_parameters: int, num_averages: int) -> int:
-    """Weights, gradients, two moments, a half-precision copy while computing, and averages of weights."""
-    return num_parameters * (4 + 4 + 8 + 2 + 4 * num_averages)
+def coming_bytes(num_parameters: int, num_averages: int = 0) -> int:
+    """What the state takes beside weights that are there: gradients, two moments, a half-precision copy while computing.
+
+    num_averages: averages of weights that are not there yet.
+    """
+    return num_parameters * (4 + 8 + 2 + 4 * num_averages)
 
 
 def update_bytes(num_parameters: int, num_averages: int) -> int:
@@ -85,7 +88,10 @@ def update_bytes(num_parameters: int, num_averages: int) -> int:
 
 
 def fit_micro_batch(batch_size: int, image_bytes: int, fixed_bytes: int, device: torch.device) -> int:
-    """Return the largest equal share of a batch whose activations fit the device's memory, at least one image."""
+    """Return the largest equal share of a batch whose activations fit the device's memory, at least one image.
+
+    image_bytes: of one image's activations. fixed_bytes: that will be taken from the memory that is free now beside them.
+    """
     room = _USABLE * free_bytes(device) - fixed_bytes
     return share_evenly(batch_size, max(1, int(room / image_bytes)))
 
@@ -118,7 +124,7 @@ def memory_hint(micro_batch_size: int, precision: str, can_shard: bool = False) 
 
 
 def choose_mode(asked: str, optimizer: str, need_bytes: int, device: torch.device, world: World) -> str:
-    """Return how several processes share a model: "ddp" if `need_bytes` fit each one's device, else "fsdp", or as asked.
+    """Return how several processes share a model: "ddp" if `need_bytes` more fit each one's device, else "fsdp", or as asked.
 
     Raises ConfigError for shards of matrices that an optimizer needs whole.
     """

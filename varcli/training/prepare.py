@@ -25,7 +25,7 @@ def prepare(trainer: TransformerTrainer, start_step: int) -> TrainPlan:
 
     start_step: optimizer steps done already. If torch.compile fails and was not asked for, it is left out. If memory does
     not suffice, a micro-batch that nobody asked for is made smaller until it does (by a process alone: several would have
-    to fail together).
+    to fail together). On CUDA the peak of memory is counted anew from here on: it is the training's.
     """
     while True:
         try:
@@ -35,6 +35,7 @@ def prepare(trainer: TransformerTrainer, start_step: int) -> TrainPlan:
                 raise
         else:
             if not (is_tight(plan.memory_bytes, trainer.device) and _can_shrink(trainer)):
+                _reset_peak(trainer.device)
                 return plan
         # not within the except clause, where the error still holds on to what filled the memory
         _shrink(trainer, start_step)
@@ -58,14 +59,13 @@ def _shrink(trainer: TransformerTrainer, start_step: int) -> None:
 def _try_out(trainer: TransformerTrainer, start_step: int) -> tuple[float, int]:
     """Return the seconds that an image takes, and the bytes at the peak of a step."""
     device, on_cuda = trainer.device, trainer.device.type == "cuda"
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats(device)
     images = trainer.micro_batch_size if on_cuda else min(trainer.micro_batch_size, _CALIBRATION_IMAGES)
     codes, labels = (tensor[:images] for tensor in trainer.source.batch(start_step))
 
-    def try_out() -> None:
+    def try_out(with_gradients: bool = False) -> None:
         branches = drop_branches(trainer.model_config, images, None, device)
-        trainer.updater.optimizer.zero_grad(set_to_none=True)
+        if not with_gradients:
+            trainer.updater.optimizer.zero_grad(set_to_none=True)
         with exchange(and_more=True):
             trainer.updater.backward(trainer.objective.loss(codes, labels, branches)[0])
 
@@ -78,13 +78,20 @@ def _try_out(trainer: TransformerTrainer, start_step: int) -> tuple[float, int]:
             trainer.is_compiled = try_compiled(try_out, undo, tell, is_optional=is_optional)
         else:
             try_out()
-        seconds = time_once(try_out, device)
+        _reset_peak(device)  # compiling may have taken more than a step will
+        is_cut = trainer.micro_batch_size < trainer.share_size  # all but a step's first piece find gradients
+        seconds = time_once(lambda: try_out(with_gradients=is_cut), device)
     trainer.updater.optimizer.zero_grad(set_to_none=True)
     memory_bytes = torch.cuda.max_memory_allocated(device) if on_cuda else process_bytes()
     held = trainer.model.num_parameters // trainer.parallel.num_shards
     memory_bytes += 8 * held  # the moments come with the first step
     memory_bytes += (trainer.micro_batch_size - images) * trainer.image_bytes()
     return seconds / images, max(memory_bytes, update_bytes(held, len(trainer.averages.members)))
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _describe(trainer: TransformerTrainer, start_step: int, image_seconds: float, memory_bytes: int) -> TrainPlan:

@@ -33,9 +33,9 @@ from varcli.training.plan import (
     TrainPlan,
     activation_bytes,
     choose_mode,
+    coming_bytes,
     fit_micro_batch,
     memory_hint,
-    state_bytes,
 )
 from varcli.training.prepare import prepare
 from varcli.training.settings import TrainConfig
@@ -114,7 +114,7 @@ class TransformerTrainer(Trainer):
         self.model.kernels = resolve_kernels(config.kernels, device)
         self.dtype = resolve_precision(config.precision, device)
         self.is_compiled = self._wants_compile()
-        needed = self._state_bytes() + self.image_bytes()
+        needed = coming_bytes(self.model.num_parameters, len(config.all_ema_decays)) + self.image_bytes()
         self.mode = choose_mode(config.parallel, config.optimizer, needed, device, world)
         self.parallel = parallelize(self.model, self.model.blocks, world, self.mode, device, self.dtype)
         self.averages = Averages(self.model, config.all_ema_decays, config.best_average)
@@ -199,13 +199,13 @@ class TransformerTrainer(Trainer):
         }
 
     def remember(self) -> dict[str, Any]:
-        """Which averages were how good, if there are several; see `Trainer.remember`."""
-        losses = self.averages.losses.tolist()
-        return {"average_losses": losses} if len(losses) > 1 and all(map(math.isfinite, losses)) else {}
+        """Which averages were how good, if there are several, None for no finite loss; see `Trainer.remember`."""
+        losses = [loss if math.isfinite(loss) else None for loss in self.averages.losses.tolist()]
+        return {"average_losses": losses} if len(losses) > 1 else {}
 
     def recall(self, remembered: Mapping[str, Any]) -> None:
         """Take over what `remember` returned; averages that it does not know have no loss yet."""
-        losses = remembered.get("average_losses", [])
+        losses = [math.inf if loss is None else loss for loss in remembered.get("average_losses", [])]
         if len(losses) == len(self.averages.losses):
             self.averages.losses.copy_(torch.tensor(losses, dtype=torch.float64))
 
@@ -318,12 +318,10 @@ class TransformerTrainer(Trainer):
         return activation_bytes(self.model_config, self.dtype, self.is_compiled, self.model.kernels)
 
     def _fixed_bytes(self) -> int:
+        coming = coming_bytes(self.model.num_parameters)  # weights and averages are there
         if not self.parallel.is_sharded:
-            return self._state_bytes()
+            return coming
         # beside its shard, a process holds what is outside of the blocks, and two blocks and their gradients at a time
         block = sum(parameter.numel() for parameter in self.model.blocks[0].parameters())
         outside = self.model.num_parameters - len(self.model.blocks) * block
-        return self._state_bytes() // self.parallel.num_shards + 8 * outside + 2 * 8 * block
-
-    def _state_bytes(self) -> int:
-        return state_bytes(self.model.num_parameters, len(self.config.all_ema_decays))
+        return coming // self.parallel.num_shards + 8 * outside + 2 * 8 * block
