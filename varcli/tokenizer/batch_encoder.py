@@ -17,16 +17,13 @@ _INDEX_LIMIT = 2**31  # elements of a tensor, beyond which a GPU computes with i
 _MOST_AT_ONCE = 256
 
 
-def default_batch_size(config: TokenizerConfig, device: torch.device, dtype: torch.dtype) -> int:
+def default_batch_size(config: TokenizerConfig, device: torch.device) -> int:
     """Return how many images to encode at once: as many as keep a GPU busy, or a processor's cache useful.
 
-    In half precision no activation gets more elements than indices of 32 bits can name: 128 images of 256 px with the
-    released width.
+    On CUDA no activation gets more elements than indices of 32 bits can name: 128 images of 256 px with the released width.
     """
     if device.type != "cuda":
         return 64
-    if dtype == torch.float32:
-        return _MOST_AT_ONCE
     fitting = max(1, (_INDEX_LIMIT - 1) // (config.width * config.image_size**2))
     return min(_MOST_AT_ONCE, 1 << (fitting.bit_length() - 1))
 

@@ -113,7 +113,7 @@ def tokenize(
         views={name: _VALIDATION_VIEWS if name == "val" and len(splits) > 1 else views for name in splits},
         precision=precision,
     )
-    size = batch_size or default_batch_size(config, where, PRECISIONS[precision])
+    size = batch_size or default_batch_size(config, where)
     on_failure = None if compile else tell
     if compile is None:  # by all images, also where few are missing: a rerun meets the same kernels
         compile = (
