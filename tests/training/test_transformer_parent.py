@@ -110,7 +110,8 @@ def test_names_match_once_each_and_folders_of_imagenet_match_its_names():
     assert match_classes(before, now) == {0: 0, 2: 2}
     released, folders = ClassNames.of(None, 1000), ClassNames(f"n{row:08d}" for row in range(1000))
     assert match_classes(released, folders) == {row: row for row in range(1000)}
-    assert match_classes(ClassNames.of(None, 10), ClassNames(["cat"])) == {}
+    assert match_classes(ClassNames.of(None, 10), ClassNames(["cat", "7"])) == {}  # its numbers are no names
+    assert match_classes(ClassNames(["3", "7"]), ClassNames(["7", "cat"])) == {0: 1}
     assert match_classes(released, ClassNames([imagenet_names()[7]])) == {0: 7}
 
 

@@ -24,6 +24,7 @@ class ClassNames(Sequence[str]):
         if not self.names:
             raise DataError("there are no classes")
         self._labels = self.names
+        self.are_made_up = False  # whether they are numbers that stand for unknown names
         if len(self.names) == NUM_IMAGENET and all(_WORDNET_ID.fullmatch(name) for name in self.names):
             self._labels = imagenet_names()
 
@@ -32,7 +33,11 @@ class ClassNames(Sequence[str]):
         """Return the names given; without any, ImageNet's for 1000 classes, else the numbers as text."""
         if names:
             return cls(names)
-        return cls(imagenet_names() if num_classes == NUM_IMAGENET else map(str, range(num_classes)))
+        if num_classes == NUM_IMAGENET:
+            return cls(imagenet_names())
+        numbers = cls(map(str, range(num_classes)))
+        numbers.are_made_up = True
+        return numbers
 
     def __len__(self) -> int:
         return len(self.names)

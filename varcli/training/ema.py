@@ -85,11 +85,9 @@ class Averages:
     @property
     def chosen(self) -> int:
         """Index of the average that counts."""
-        return (
-            int(self.losses.nan_to_num(nan=math.inf, posinf=math.inf).argmin())
-            if self.take_best and self.members
-            else 0
-        )
+        if not (self.take_best and self.members):
+            return 0
+        return int(self.losses.nan_to_num(nan=math.inf, posinf=math.inf).argmin())
 
     @property
     def average(self) -> Ema | None:
