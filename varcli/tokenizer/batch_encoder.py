@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from varcli.devices import autocast, exact_convolutions
+from varcli.devices import autocast, exact_convolutions, try_compiled
 from varcli.tokenizer.base import TokenizerConfig
 from varcli.tokenizer.vqvae import VQVAE
 
@@ -92,16 +92,20 @@ class BatchEncoder:
             filled = images.new_zeros(self.batch_size, *images.shape[1:])
             filled[:count] = images
             images = filled
-        try:
+        found: list[Tensor] = []
+
+        def run() -> None:
             with exact_convolutions(), autocast(self.device, self.dtype):
-                return self._run(images)[:count]
-        except RuntimeError as error:
-            if not self.is_compiled or self._on_failure is None or isinstance(error, torch.OutOfMemoryError):
-                raise
-            self._run, self.is_compiled = self._fast, False
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._on_failure(f"going without torch.compile: {reason}")
-        return self.encode(images)[:count]
+                found.append(self._run(images)[:count])
+
+        if self.is_compiled and self._on_failure is not None:
+            self.is_compiled = try_compiled(run, self._uncompile, self._on_failure, is_optional=True)
+        else:
+            run()
+        return found[0]
+
+    def _uncompile(self) -> None:
+        self._run = self._fast
 
     def begin(self, images_u8: Tensor) -> CodesOnTheWay:
         """Encode a batch without waiting for the device: the codes come to the host by themselves."""
