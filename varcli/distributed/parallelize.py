@@ -50,13 +50,6 @@ class Parallel:
         """Around forward and backward pass of each micro-batch of a step: only the last need exchange gradients."""
         return contextlib.nullcontext()
 
-    def compile(self, function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
-        """Return what to call in `function`'s place so that torch.compile fuses what it can; inputs keep their shapes."""
-        return torch.compile(function, dynamic=False, mode=mode)
-
-    def uncompile(self) -> None:
-        """Take back what `compile` did to the model."""
-
 
 class _Called(nn.Module):
     """A model as torch's wrappers want it: everything happens in its forward pass, and they see to what comes before."""
@@ -107,7 +100,7 @@ class Sharded(Parallel):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         super().__init__(model)
-        self._copies, self._units, self.num_shards = copies, list(units), world.size // copies
+        self._copies, self.num_shards = copies, world.size // copies
         for tensor in model.state_dict().values():  # one seed's weights may differ in the last bit between processors
             world.copy_first(tensor)
         shape, names = (
@@ -117,7 +110,7 @@ class Sharded(Parallel):
         # inputs are not rounded: what a model computes in float32 stays so
         exact = MixedPrecisionPolicy(cast_forward_inputs=False)
         half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        for unit in self._units:
+        for unit in units:
             fully_shard(unit, mesh=mesh, mp_policy=half if dtype == torch.bfloat16 else exact)
         self._wrapped = fully_shard(_Called(model), mesh=mesh, mp_policy=exact)
 
@@ -130,17 +123,6 @@ class Sharded(Parallel):
         if self._copies > 1:
             self._wrapped.set_requires_all_reduce(is_last)
         return contextlib.nullcontext()
-
-    def compile(self, function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
-        """Compile each unit alone, since weights come and go between them; `function` itself stays as it is."""
-        for unit in self._units:
-            unit.forward = torch.compile(unit.forward, dynamic=False)
-        return function
-
-    def uncompile(self) -> None:
-        """See `Parallel`."""
-        for unit in self._units:
-            vars(unit).pop("forward", None)
 
 
 def parallelize(

@@ -40,14 +40,17 @@ class Objective:
         self._has_graphs = False
 
     def compile(self, with_graphs: bool = False) -> None:
-        """Let torch.compile fuse the model with its loss from the next call on."""
-        self._measure = self.parallel.compile(measure, "reduce-overhead" if with_graphs else None)
+        """Let torch.compile fuse the model with its loss from the next call on: all at once for graphs, else in parts."""
+        if with_graphs:
+            self._measure = torch.compile(measure, dynamic=False, mode="reduce-overhead")
+        else:
+            self.model.compile_parts()
         self._prepare = torch.compile(self.order.teacher_forcing_input, dynamic=False)
         self._has_graphs = with_graphs
 
     def uncompile(self) -> None:
         """Go back to plain torch."""
-        self.parallel.uncompile()
+        self.model.uncompile_parts()
         self._measure, self._prepare, self._has_graphs = measure, self.order.teacher_forcing_input, False
 
     def loss(self, codes_BL: Tensor, labels_B: Tensor, branches: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -69,7 +72,8 @@ class Objective:
     @torch.no_grad()
     def sums_by_step(self, codes_BL: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return sums over the batch of each step's mean loss and accuracy, float64: two tensors of one entry a step."""
-        with autocast(self.device, self.dtype):
+        # batches of any size, which the compiled parts would be compiled for anew
+        with torch.compiler.set_stance("force_eager"), autocast(self.device, self.dtype):
             logits_BLV = self.model(labels_B, self.order.teacher_forcing_input(codes_BL))
         losses_BL = F.cross_entropy(logits_BLV.flatten(0, 1), codes_BL.flatten(), reduction="none").view_as(codes_BL)
         hits_BL = (logits_BLV.argmax(dim=-1) == codes_BL).float()

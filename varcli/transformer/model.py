@@ -90,20 +90,29 @@ class Transformer(nn.Module):
 
     def hidden(self, labels_B: Tensor, x_BLZ: Tensor, branches: Tensor | None = None) -> Tensor:
         """Return what `head` turns into logits (B, L, C): float32, or in the precision of products with Triton."""
+        x, condition, head_modulation = self._enter(labels_B, x_BLZ)
+        return self._last_norm(self._run_blocks(x, condition, branches), *head_modulation)
+
+    def _enter(self, labels_B: Tensor, x_BLZ: Tensor) -> tuple[Tensor | Stream, Condition, tuple[Tensor, Tensor]]:
+        """Return what the first block reads, and what the class decides."""
         config = self.config
         check_shape("x", x_BLZ, (labels_B.shape[0], config.seq_len - config.step_lengths[0], config.code_channels))
         condition_BC = self.embed_labels(labels_B)
         first = condition_BC.unsqueeze(1) + self.start_position.float()
         x = torch.cat((first, self._project(x_BLZ)), dim=1) + self._embed_positions(0, config.seq_len)
         x = x.to(self._compute_dtype())
-        x = Stream(x) if self.kernels == "triton" else x
-        condition, (scale, shift) = self._modulate(condition_BC)
-        by_block = [None] * config.depth if branches is None else branches.unbind()
+        return Stream(x) if self.kernels == "triton" else x, *self._modulate(condition_BC)
+
+    def _run_blocks(self, x: Tensor | Stream, condition: Condition, branches: Tensor | None) -> Tensor | Stream:
+        by_block = [None] * self.config.depth if branches is None else branches.unbind()
         for block, branches_2B in zip(self.blocks, by_block, strict=True):
-            x = block(x, condition, config.step_lengths, branches_2B=branches_2B)
+            x = block(x, condition, self.config.step_lengths, branches_2B=branches_2B)
+        return x
+
+    def _last_norm(self, x: Tensor | Stream, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
         if isinstance(x, Stream):
-            return x.enter(scale, shift, config.norm_eps)[1]
-        return modulated_norm(x, scale, shift, config.norm_eps)
+            return x.enter(scale_B1C, shift_B1C, self.config.norm_eps)[1]
+        return modulated_norm(x, scale_B1C, shift_B1C, self.config.norm_eps)
 
     def head(self, h_BlC: Tensor) -> Tensor:
         """Return the logits (B, l, V), float32, of what `hidden` gave."""
@@ -121,17 +130,45 @@ class Transformer(nn.Module):
 
         labels_B, x_BLZ, branches: see `forward`. The last two results have no gradient.
         """
+        x, condition, head_modulation = self._enter(labels_B, x_BLZ)
+        x = self._run_blocks(x, condition, branches)
+        return self._losses_of(x, head_modulation, codes_BL, label_smoothing)
+
+    def _losses_of(
+        self,
+        x: Tensor | Stream,
+        head_modulation: tuple[Tensor, Tensor],
+        codes_BL: Tensor,
+        label_smoothing: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        h_BLC, targets = self._last_norm(x, *head_modulation), codes_BL.flatten()
         if self.kernels == "triton":
-            h_NC, layer = self.hidden(labels_B, x_BLZ, branches).flatten(0, 1), self.output_projection
+            layer = self.output_projection
             loss, losses_N, hits_N = linear_cross_entropy(
-                h_NC, layer.weight, layer.bias, codes_BL.flatten(), label_smoothing, self._compute_dtype()
+                h_BLC.flatten(0, 1), layer.weight, layer.bias, targets, label_smoothing, self._compute_dtype()
             )
             return loss, losses_N.view(codes_BL.shape), hits_N.view(codes_BL.shape)
-        logits_BLV = self(labels_B, x_BLZ, branches)
-        flat, targets = logits_BLV.flatten(0, 1), codes_BL.flatten()
+        logits_BLV = self.head(h_BLC)
+        flat = logits_BLV.flatten(0, 1)
         losses_BL = F.cross_entropy(flat, targets, reduction="none").view(codes_BL.shape)
         loss = F.cross_entropy(flat, targets, label_smoothing=label_smoothing) if label_smoothing else losses_BL.mean()
         return loss, losses_BL.detach(), logits_BLV.detach().argmax(dim=-1) == codes_BL
+
+    def compile_parts(self, backend: str = "inductor") -> None:
+        """Let torch.compile fuse a block, what comes before all blocks, and what comes after them, each alone.
+
+        One block is compiled for all of them, so that this takes seconds at any depth. backend: of torch.compile.
+        """
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward, dynamic=False, backend=backend)
+        for name in ("_enter", "_losses_of"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=False, backend=backend))
+
+    def uncompile_parts(self) -> None:
+        """Take back what `compile_parts` did."""
+        for part in (self, *self.blocks):
+            for name in ("forward", "_enter", "_losses_of"):
+                vars(part).pop(name, None)
 
     # -- step by step --------------------------------------------------------------------------------------------
 
