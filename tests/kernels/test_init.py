@@ -1,6 +1,8 @@
-"""Which kernels are taken: torch where nothing is said, Triton where it is asked for and there."""
+"""Which kernels are taken: Triton on a GPU where it is there, else torch."""
 
 from __future__ import annotations
+
+import importlib.util
 
 import pytest
 import torch
@@ -9,11 +11,12 @@ from varcli.errors import ConfigError
 from varcli.kernels import resolve_kernels
 
 
-def test_auto_is_torch():
-    for device in ("cpu", "cuda"):
-        assert (
-            resolve_kernels("auto", torch.device(device)) == resolve_kernels("torch", torch.device(device)) == "torch"
-        )
+def test_auto_is_triton_on_a_gpu_that_has_it_and_torch_elsewhere(monkeypatch):
+    assert resolve_kernels("auto", torch.device("cpu")) == "torch"
+    for is_there, kernels in ((True, "triton"), (False, "torch")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=is_there: found or None)
+        assert resolve_kernels("auto", torch.device("cuda")) == kernels
+    assert resolve_kernels("torch", torch.device("cuda")) == "torch"
 
 
 def test_triton_needs_a_gpu():

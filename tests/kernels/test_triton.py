@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from varcli.kernels.gelu import biased_gelu
+from varcli.kernels.gelu import biased_gelu, linear_gelu
 from varcli.kernels.norm import gated_norm, gated_norm_reference, norm, norm_reference
-from varcli.kernels.qk import normalized_steps, normalized_steps_reference
+from varcli.kernels.qk import normalize_into, normalized_steps, normalized_steps_reference
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # the interpreter cuts bfloat16 off where hardware rounds: up to 2^-8 a value, a bit less than that on average
@@ -118,3 +118,37 @@ def test_attention_by_step_on_a_gpu_equals_its_reference(shape, dtype, compiled)
     spread = (given[0].grad.double().norm() * wide[0].norm() / wide[0].numel() ** 0.5).item()
     assert (given[3].grad - wide[3].grad).abs().max().item() < 20 * ON_GPU[dtype] * max(spread, 1.0)
     assert given[3].grad.flatten()[0] == 0  # above its cap
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 25, 16, 64), (4, 256, 30, 64), (3, 1, 3, 40)])
+def test_keys_and_values_go_to_their_room_and_nowhere_else(shape):
+    """Law: what a GPU writes to a cache is what the formulas write, between what was there before and after."""
+    torch.manual_seed(0)
+    batch, length, heads, width = shape
+    before, after = 7, 3
+    given = (torch.randn(batch, length, 3 * heads * width), *torch.randn(2, heads * width))
+    log_scale = torch.linspace(5, 1, heads).view(1, heads, 1, 1)
+    found = []
+    for device in ("cpu", "cuda"):
+        caches = torch.zeros(2, batch, heads, before + length + after, width, dtype=torch.bfloat16, device=device)
+        rooms = caches.narrow(3, before, length).unbind()
+        q = normalize_into(
+            given[0].to(device, torch.bfloat16), *(t.to(device) for t in (*given[1:], log_scale)), 4, *rooms
+        )
+        found.append((q.cpu(), caches.cpu()))
+    (q_cpu, cpu), (q_cuda, cuda) = found
+    assert distances([q_cuda], [q_cpu.double()]) < ON_GPU[torch.bfloat16]
+    assert distances([cuda], [cpu.double()]) < ON_GPU[torch.bfloat16]
+    assert cuda[:, :, :, :before].count_nonzero() == cuda[:, :, :, before + length :].count_nonzero() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_product_that_ends_with_gelu_is_one_followed_by_it(dtype):
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape, device="cuda").to(dtype) for shape in ((2, 9, 64), (256, 64), (256,)))
+    expected = F.gelu(F.linear(x.double(), weight.double(), bias.double()), approximate="tanh")
+    with torch.no_grad():
+        assert distances([linear_gelu(x, weight, bias)], [expected]) < ON_GPU[torch.bfloat16]
+    assert distances([linear_gelu(x, weight, bias.float())], [expected]) < ON_GPU[torch.bfloat16]

@@ -54,12 +54,15 @@ def test_hidden_then_head_is_the_forward_pass(lively_transformer, features):
     assert whole.dtype == torch.float32 and whole.shape == (2, 21, 16)
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("changes", [{}, {"shared_adaln": True}, {"qk_norm": False}, {"mlp_ratio": 2.5}])
 @torch.no_grad()
-def test_cached_steps_match_teacher_forced_logits(lively_transformer, features, changes):
+def test_cached_steps_match_teacher_forced_logits(lively_transformer, features, changes, kernels):
     model = Transformer(TransformerConfig(**{**vars(lively_transformer.config), **changes})).eval()
+    model.kernels = kernels
     cache = model.start_cache(LABELS)
     steps = [model.step(x_BlZ, cache) for x_BlZ in (None, features[:, :4], features[:, 4:])]
+    model.kernels = "torch"
     torch.testing.assert_close(torch.cat(steps, dim=1), model(LABELS, features), atol=2e-6, rtol=1e-5)
     assert (cache.step, cache.position) == (3, 21)
 

@@ -20,17 +20,23 @@ class Ceiling:
     copy_gb_per_second: float  # 1e9 bytes a second, bytes read plus bytes written
 
 
-def median_seconds(work: Callable[[], object], device: torch.device, repeats: int = 5, warmup: int = 2) -> float:
-    """Median wall time of `work` in seconds, with the device idle before and after each run."""
+def median_seconds(
+    work: Callable[[], object], device: torch.device, repeats: int = 5, warmup: int = 2, in_a_row: int = 1
+) -> float:
+    """Median wall time of `work` in seconds, with the device idle before and after each run.
+
+    in_a_row: calls a run, one after another as in a loop that never waits for the device; the time is that of one call.
+    """
     for _ in range(warmup):
         work()
     times = []
     for _ in range(repeats):
         synchronize(device)
         start = time.perf_counter()
-        work()
+        for _ in range(in_a_row):
+            work()
         synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append((time.perf_counter() - start) / in_a_row)
     return statistics.median(times)
 
 

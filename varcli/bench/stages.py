@@ -33,6 +33,8 @@ from varcli.training.optim import Updater, build_adamw
 from varcli.training.schedules import Schedule
 from varcli.transformer import Transformer, drop_branches
 
+_IN_A_ROW = 4  # training steps that are timed together, as a trainer does not wait for the device between them
+
 
 def run_bench(
     stage: str,
@@ -95,7 +97,7 @@ def _measure(
     stage = STAGES[name](size, config, device, dtype)
     return [
         Measurement(
-            **_time_part(prepare, flops, size, config, device, ceiling),
+            **_time_part(prepare, flops, size, config, device, ceiling, in_a_row=_IN_A_ROW if name == "train" else 1),
             stage=part,
             precision=precision_name(dtype),
             is_compiled=config.compile
@@ -113,13 +115,14 @@ def _time_part(
     config: BenchConfig,
     device: torch.device,
     ceiling: Ceiling,
+    in_a_row: int,
 ) -> dict[str, Any]:
     """Return the fields of a Measurement that are measured."""
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
     work = prepare()
-    seconds = median_seconds(work, device, config.repeats)
+    seconds = median_seconds(work, device, config.repeats, in_a_row=in_a_row)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_cuda else None
     profile = profile_kernels(work, device) if config.profile else ()
     del work
@@ -134,7 +137,7 @@ def _time_part(
         "share_of_matmul": tflops / ceiling.matmul_tflops,
         "peak_gib": peak,
         "profile": profile,
-        "details": {"repeats": config.repeats},
+        "details": {"repeats": config.repeats, "in_a_row": in_a_row},
     }
 
 

@@ -12,23 +12,23 @@ import torch
 from varcli.errors import ConfigError, unknown_name
 
 KERNELS = ("torch", "triton")
-"""How a transformer's teacher forcing is computed: by torch alone, or by the operators of this room."""
+"""How a transformer is computed: by torch alone, or by the operators of this room."""
 
 
 def resolve_kernels(name: str, device: torch.device) -> str:
-    """Turn "auto" or one of KERNELS into one that is there: "auto" is torch, as the others are not measured yet.
+    """Turn "auto" or one of KERNELS into one that is there: "auto" is triton on CUDA where Triton is installed, else torch.
 
     Raises ConfigError for another name, and for Triton where there is no CUDA GPU or no Triton.
     """
     if name not in ("auto", *KERNELS):
         raise unknown_name("kernels", name, ["auto", *KERNELS])
-    if name == "triton":
-        if device.type != "cuda":
-            raise ConfigError(
-                f"kernels `triton` need a CUDA GPU, but the device is {device.type}", "`auto` takes what runs here"
-            )
-        if importlib.util.find_spec("triton") is None:
-            raise ConfigError(
-                "kernels `triton` were asked for, but Triton is not installed", "`auto` takes what runs here"
-            )
-    return "torch" if name == "auto" else name
+    has_triton = importlib.util.find_spec("triton") is not None
+    if name == "auto":
+        return "triton" if device.type == "cuda" and has_triton else "torch"
+    if name == "triton" and device.type != "cuda":
+        raise ConfigError(
+            f"kernels `triton` need a CUDA GPU, but the device is {device.type}", "`auto` takes what runs here"
+        )
+    if name == "triton" and not has_triton:
+        raise ConfigError("kernels `triton` were asked for, but Triton is not installed", "`auto` takes what runs here")
+    return name

@@ -21,6 +21,19 @@ def biased_gelu(before: Tensor, bias_H: Tensor) -> Tensor:
     return torch.ops.varcli.biased_gelu(before, bias_H)
 
 
+def linear_gelu(x: Tensor, weight_HC: Tensor, bias_H: Tensor) -> Tensor:
+    """Return gelu(x @ weight^T + bias), (..., H), in the precision of `weight`, or in autocast's if that is on.
+
+    Where no gradient is wanted, the product in half precision on CUDA ends with the GELU, which then is no pass of its own.
+    """
+    is_half = weight_HC.dtype in (torch.float16, torch.bfloat16) and bias_H.dtype == weight_HC.dtype
+    x = x.to(weight_HC.dtype)
+    if x.is_cuda and is_half and not torch.is_grad_enabled():
+        y = torch._addmm_activation(bias_H, x.flatten(0, -2), weight_HC.t(), use_gelu=True)  # cuBLAS's is the tanh form
+        return y.unflatten(0, x.shape[:-1])
+    return biased_gelu(F.linear(x, weight_HC), bias_H)
+
+
 @torch.library.custom_op("varcli::biased_gelu", mutates_args=(), device_types="cuda")
 def _biased_gelu(before: Tensor, bias: Tensor) -> Tensor:
     from varcli.kernels.gelu_triton import launch_forward

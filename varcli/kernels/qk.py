@@ -55,6 +55,27 @@ def normalized_steps(
     return _NormalizedSteps.regroup(_NormalizedSteps.apply(qkv_BLC, q_bias_C, v_bias_C, log_scale, cap, step_lengths))
 
 
+@torch.no_grad()
+def normalize_into(
+    qkv_BlC: Tensor,
+    q_bias_C: Tensor,
+    v_bias_C: Tensor,
+    log_scale: Tensor,
+    cap: float,
+    k_Bnld: Tensor,
+    v_Bnld: Tensor,
+) -> Tensor:
+    """Return queries (B, n, l, d) as `normalized_steps` does, and write keys and values to the room given; no gradients."""
+    if qkv_BlC.is_cuda:
+        from varcli.kernels.qk_triton import launch_into
+
+        return launch_into(qkv_BlC, q_bias_C, v_bias_C, log_scale, cap, k_Bnld, v_Bnld).transpose(1, 2)
+    q, k, v, *_ = _normalize_qkv_cpu(qkv_BlC, q_bias_C, v_bias_C, log_scale, cap)
+    k_Bnld.copy_(k.transpose(1, 2))
+    v_Bnld.copy_(v.transpose(1, 2))
+    return q.transpose(1, 2)
+
+
 class _NormalizedSteps(torch.autograd.Function):
     """What autograd cannot see: that the gradients of overlapping pieces are only ever needed as a sum."""
 

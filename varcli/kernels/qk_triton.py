@@ -23,15 +23,17 @@ _LONGEST_INVERSE: tl.constexpr = tl.constexpr(0.999e12)
 @triton.jit
 def _varcli_qk_forward(
     qkv_ptr, q_bias_ptr, v_bias_ptr, log_scale_ptr, q_ptr, k_ptr, v_ptr, q_inverse_ptr, k_inverse_ptr,
-    length, cap,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    kv_sample_stride, kv_token_stride, kv_head_stride, length, cap,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, HAS_INVERSES: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     columns = tl.arange(0, BLOCK)
     inside = (tokens < length)[:, None] & (columns < WIDTH)[None, :]
-    rows = tl.program_id(2).to(tl.int64) * length + tokens
+    sample = tl.program_id(2).to(tl.int64)
+    rows = sample * length + tokens
     at = (rows * HEADS + head)[:, None] * WIDTH + columns[None, :]
+    kv_at = (sample * kv_sample_stride + tokens * kv_token_stride + head * kv_head_stride)[:, None] + columns[None, :]
     source = (rows * 3 * HEADS + head)[:, None] * WIDTH + columns[None, :]
     channels = head * WIDTH + columns
     q_bias = tl.load(q_bias_ptr + channels, mask=columns < WIDTH, other=0).to(tl.float32)
@@ -47,10 +49,11 @@ def _varcli_qk_forward(
     q *= (q_inverse * scale)[:, None]
     k *= k_inverse[:, None]
     tl.store(q_ptr + at, q.to(q_ptr.dtype.element_ty), mask=inside)
-    tl.store(k_ptr + at, k.to(k_ptr.dtype.element_ty), mask=inside)
-    tl.store(v_ptr + at, v.to(v_ptr.dtype.element_ty), mask=inside)
-    tl.store(q_inverse_ptr + rows * HEADS + head, q_inverse, mask=tokens < length)
-    tl.store(k_inverse_ptr + rows * HEADS + head, k_inverse, mask=tokens < length)
+    tl.store(k_ptr + kv_at, k.to(k_ptr.dtype.element_ty), mask=inside)
+    tl.store(v_ptr + kv_at, v.to(v_ptr.dtype.element_ty), mask=inside)
+    if HAS_INVERSES:
+        tl.store(q_inverse_ptr + rows * HEADS + head, q_inverse, mask=tokens < length)
+        tl.store(k_inverse_ptr + rows * HEADS + head, k_inverse, mask=tokens < length)
 
 
 @triton.jit
@@ -144,33 +147,64 @@ def launch_forward(
     qkv_BLC: Tensor, q_bias_C: Tensor, v_bias_C: Tensor, log_scale: Tensor, cap: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return q, k, v as (B, L, n, d), and the inverse lengths (B, L, n) of q and k before, float32."""
-    qkv_BLC = qkv_BLC.contiguous()
     (batch, length, channels), heads = qkv_BLC.shape, log_scale.numel()
-    width = channels // (3 * heads)
-    q, k, v = (qkv_BLC.new_empty(batch, length, heads, width) for _ in range(3))
+    q, k, v = (qkv_BLC.new_empty(batch, length, heads, channels // (3 * heads)) for _ in range(3))
     q_inverse, k_inverse = (qkv_BLC.new_empty(batch, length, heads, dtype=torch.float32) for _ in range(2))
+    _launch_forward(qkv_BLC, q_bias_C, v_bias_C, log_scale, cap, q, k, v, (q_inverse, k_inverse))
+    return q, k, v, q_inverse, k_inverse
+
+
+def launch_into(
+    qkv_BlC: Tensor,
+    q_bias_C: Tensor,
+    v_bias_C: Tensor,
+    log_scale: Tensor,
+    cap: float,
+    k_Bnld: Tensor,
+    v_Bnld: Tensor,
+) -> Tensor:
+    """Return q as (B, l, n, d), and write k and v to where there is room for them: of equal strides, channels dense."""
+    (batch, length, channels), heads = qkv_BlC.shape, log_scale.numel()
+    assert k_Bnld.stride() == v_Bnld.stride() and k_Bnld.stride(3) == 1, (k_Bnld.stride(), v_Bnld.stride())
+    q = qkv_BlC.new_empty(batch, length, heads, channels // (3 * heads))
+    _launch_forward(qkv_BlC, q_bias_C, v_bias_C, log_scale, cap, q, k_Bnld.transpose(1, 2), v_Bnld.transpose(1, 2))
+    return q
+
+
+def _launch_forward(
+    qkv_BLC: Tensor,
+    q_bias_C: Tensor,
+    v_bias_C: Tensor,
+    log_scale: Tensor,
+    cap: float,
+    q_BLnd: Tensor,
+    k_BLnd: Tensor,
+    v_BLnd: Tensor,
+    inverses: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    batch, length, heads, width = q_BLnd.shape
     block = triton.next_power_of_2(width)
     tokens = max(1, _FORWARD_TILE // block)
     with torch.cuda.device_of(qkv_BLC):
         _varcli_qk_forward[(heads, triton.cdiv(length, tokens), batch)](
-            qkv_BLC,
+            qkv_BLC.contiguous(),
             q_bias_C.contiguous(),
             v_bias_C.contiguous(),
             log_scale.contiguous(),
-            q,
-            k,
-            v,
-            q_inverse,
-            k_inverse,
+            q_BLnd,
+            k_BLnd,
+            v_BLnd,
+            *(inverses or (None, None)),
+            *k_BLnd.stride()[:3],
             length,
             cap,
             HEADS=heads,
             WIDTH=width,
             BLOCK=block,
             TOKENS=tokens,
+            HAS_INVERSES=inverses is not None,
             num_warps=_NUM_WARPS,
         )
-    return q, k, v, q_inverse, k_inverse
 
 
 def launch_backward(

@@ -17,6 +17,7 @@ from varcli import config as configs
 from varcli.data.classes import ClassNames
 from varcli.devices import autocast, exact_convolutions, precision_name, resolve_device, resolve_precision
 from varcli.errors import ArtifactError, ConfigError, MemoryLimitError, NumericError, unknown_name
+from varcli.kernels import resolve_kernels
 from varcli.order import ORDERS
 from varcli.sampling.choose import CodeChooser
 from varcli.sampling.engine import Engine
@@ -67,6 +68,8 @@ class Generator:
             )
         self.classes = ClassNames.of(classes, config.num_classes)
         self.device = next(transformer.parameters()).device
+        if transformer.output_projection.weight.dtype != torch.float32:  # which computes as golden data do
+            transformer.kernels = resolve_kernels("auto", self.device)
         self._to_pixels = to_pixels
         self._decode_chunks: dict[tuple[int, torch.dtype], int] = {}  # images decoded at once, by batch and precision
         self._batch_sizes: dict[tuple[bool, bool, torch.dtype], int] = {}  # by guidance, smoothness and precision
@@ -190,7 +193,8 @@ class Generator:
         backend: of torch.compile. Equal codes then give pictures that may differ by rounding.
         """
         self._engine, self._engine_key = None, None
-        self.transformer.compile_steps(backend)
+        if self.transformer.kernels == "torch":
+            self.transformer.compile_steps(backend)
         if self.device.type == "cuda":
             for part in (self.tokenizer.post_conv, self.tokenizer.decoder):
                 part.to(memory_format=torch.channels_last)  # slower than before unless it is compiled

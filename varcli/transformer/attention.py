@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varcli.kernels.qk import normalized_steps
+from varcli.kernels.qk import normalize_into, normalized_steps
 from varcli.transformer.base import TransformerConfig
 
 _MAX_LOG_SCALE = math.log(100)  # temperatures are capped at 100, as in Swin v2 (arXiv:2111.09883)
@@ -110,6 +110,19 @@ class SelfAttention(nn.Module):
         return _attend(
             normalized_steps(product(self.qkv, x_BLC), *learned, _MAX_LOG_SCALE, step_lengths), self.softmax_scale
         )
+
+    def attend_cached(self, x_BlC: Tensor, cache: LayerCache, start: int) -> Tensor:
+        """`attend_steps` for the tokens of one step, from position `start` on, whose keys and values join the cache."""
+        length = x_BlC.shape[1]
+        k_Bnld, v_Bnld = cache.place(start, length)
+        if self.log_scale is None:
+            q, k, v = self.project(x_BlC)
+            k_Bnld.copy_(k)
+            v_Bnld.copy_(v)
+        else:
+            learned = (self.q_bias, self.v_bias, self.log_scale)
+            q = normalize_into(product(self.qkv, x_BlC), *learned, _MAX_LOG_SCALE, k_Bnld, v_Bnld)
+        return attend_by_step(q, *cache.until(start + length), (length,), self.softmax_scale)
 
     def join(self, y_BlC: Tensor) -> Tensor:
         """Mix what the heads saw."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varcli.kernels.gelu import biased_gelu
+from varcli.kernels.gelu import linear_gelu
 from varcli.kernels.norm import gated_norm, norm
-from varcli.transformer.attention import SelfAttention, attend_by_step, linear, product
+from varcli.transformer.attention import LayerCache, SelfAttention, attend_by_step, linear, product
 from varcli.transformer.base import TransformerConfig
 
 
@@ -98,7 +100,11 @@ class Block(nn.Module):
         """
         modulation_B16C = self.modulate(modulation) if isinstance(modulation, Condition) else modulation
         if isinstance(x_BlC, Stream):
-            return self._forward_stream(x_BlC, modulation_B16C, step_lengths, branches_2B)
+            attend = functools.partial(self.attention.attend_steps, step_lengths=step_lengths)
+            stream = self._forward_stream(x_BlC, modulation_B16C, attend, branches_2B)
+            # a sharded block's weights are gone once it returns, and what it returns must not be a part of something else
+            bias_C = None if stream.bias_C is None else stream.bias_C.clone()
+            return stream._replace(bias_C=bias_C, gate_B1C=stream.gate_B1C.clone())
         q, k, v = self.before_attention(x_BlC, modulation_B16C)
         seen_BlC = attend_by_step(q, k, v, step_lengths, self.attention.softmax_scale)
         return self.after_attention(x_BlC, seen_BlC, modulation_B16C, branches_2B)
@@ -118,20 +124,29 @@ class Block(nn.Module):
         y = self.feed_forward(modulated_norm(x_BlC, scale2, shift2, self.norm_eps))
         return torch.addcmul(x_BlC, y, gamma2.to(x_BlC.dtype))
 
+    def step(self, stream: Stream, modulation_B16C: Tensor, cache: LayerCache, start: int) -> Stream:
+        """Return the stream after this block for the tokens of one step, from position `start` on; no gradients.
+
+        cache: of this block, with the keys and values of all earlier tokens; those of the step are written to it.
+        """
+        attend = functools.partial(self.attention.attend_cached, cache=cache, start=start)
+        return self._forward_stream(stream, modulation_B16C, attend)
+
     def _forward_stream(
-        self, stream: Stream, modulation_B16C: Tensor, step_lengths: tuple[int, ...], branches_2B: Tensor | None
+        self,
+        stream: Stream,
+        modulation_B16C: Tensor,
+        attend: Callable[[Tensor], Tensor],
+        branches_2B: Tensor | None = None,
     ) -> Stream:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
         gamma1, gamma2 = _gates(gamma1, gamma2, branches_2B)
-        x_BLC, normed_BLC = stream.enter(scale1, shift1, self.norm_eps)
-        seen_BLC = self.attention.attend_steps(normed_BLC, step_lengths)
-        branch = _last_product(self.attention.proj, self.attention.dropout, seen_BLC)
-        x_BLC, normed_BLC = Stream(x_BLC, *branch, gamma1).enter(scale2, shift2, self.norm_eps)
+        x_BlC, normed_BlC = stream.enter(scale1, shift1, self.norm_eps)
+        branch = _last_product(self.attention.proj, self.attention.dropout, attend(normed_BlC))
+        x_BlC, normed_BlC = Stream(x_BlC, *branch, gamma1).enter(scale2, shift2, self.norm_eps)
         layers = self.feed_forward
-        y_BLH = biased_gelu(product(layers.fc1, normed_BLC), layers.fc1.bias)
-        y_BLC, bias_C = _last_product(layers.fc2, layers.dropout, y_BLH)
-        # a sharded block's weights are gone once it returns, and what it returns must not be a part of something else
-        return Stream(x_BLC, y_BLC, None if bias_C is None else bias_C.clone(), gamma2.clone())
+        y_BlH = linear_gelu(normed_BlC, layers.fc1.weight, layers.fc1.bias)
+        return Stream(x_BlC, *_last_product(layers.fc2, layers.dropout, y_BlH), gamma2)
 
 
 def _last_product(layer: nn.Linear, dropout: nn.Dropout, x_BLC: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -54,7 +54,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.kernels = "torch"  # of teacher forcing: "torch", or "triton" for the fewer passes of `varcli.kernels`
+        self.kernels = "torch"  # or "triton" for the fewer passes of `varcli.kernels`
         width = config.width
         self.class_embedding = nn.Embedding(config.num_classes + 1, width)  # the last row stands for no class
         self.start_position = nn.Parameter(torch.empty(1, config.step_lengths[0], width))
@@ -218,12 +218,16 @@ class Transformer(nn.Module):
             x = self._project(x_BlZ)
         start, end = cache.position, cache.position + length
         x = (x + self._embed_positions(start, end)).to(self._compute_dtype())
+        x = Stream(x) if self.kernels == "triton" else x
         for block, modulation, layer in zip(self.blocks, cache.modulations, cache.layers, strict=True):
+            if isinstance(x, Stream):
+                x = block.step(x, modulation, layer, start)
+                continue
             q = self._before_attention(block, x, modulation, *layer.place(start, length))
             seen = attend_by_step(q, *layer.until(end), (length,), block.attention.softmax_scale)
             x = self._after_attention(block, x, seen, modulation)
         cache.step, cache.position = cache.step + 1, end
-        return linear(self.output_projection, modulated_norm(x, *cache.head_modulation, self.config.norm_eps))
+        return linear(self.output_projection, self._last_norm(x, *cache.head_modulation))
 
     # -- parts of both -------------------------------------------------------------------------------------------
 
