@@ -11,35 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from varcli.tokenizer.base import TokenizerConfig
-
-_CHANNEL_MULTIPLE = 8  # of half-precision convolutions on tensor cores
-
-
-def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the side."""
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
-
-
-class ImageConv2d(nn.Conv2d):
-    """A 3x3 convolution from an image's three channels or to them, that keeps the side.
-
-    In half precision on a GPU it computes with channels of zeros added up to a multiple of 8: tensor cores take no others,
-    and the kernels for the rest are several times slower.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in, h, w) -> (B, out, h, w)."""
-        return self.padded_forward(x) if x.is_cuda and _is_half(x) else super().forward(x)
-
-    def padded_forward(self, x: Tensor) -> Tensor:
-        """Compute the same with more channels."""
-        more_in, more_out = -self.in_channels % _CHANNEL_MULTIPLE, -self.out_channels % _CHANNEL_MULTIPLE
-        weight = F.pad(self.weight, (0, 0, 0, 0, 0, more_in, 0, more_out))
-        y = F.conv2d(F.pad(x, (0, 0, 0, 0, 0, more_in)), weight, F.pad(self.bias, (0, more_out)), padding=1)
-        return y[:, : self.out_channels]
+from varcli.tokenizer.convolutions import Downsample, ImageConv2d, Upsample, conv3x3, is_half
 
 
 class GroupNorm(nn.GroupNorm):
@@ -51,7 +23,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (B, C, h, w) maps."""
         is_compiled = x.is_cuda and torch.compiler.is_compiling()
-        return self.channelwise_forward(x) if is_compiled and _is_half(x) else super().forward(x)
+        return self.channelwise_forward(x) if is_compiled and is_half(x) else super().forward(x)
 
     def channelwise_forward(self, x: Tensor) -> Tensor:
         """Compute the same from float32 sums over each channel.
@@ -66,10 +38,6 @@ class GroupNorm(nn.GroupNorm):
         scale_BC = (factor * self.weight.view(self.num_groups, -1)).flatten(1)
         shift_BC = self.bias - (mean * factor * self.weight.view(self.num_groups, -1)).flatten(1)
         return (x_float * scale_BC[:, :, None, None] + shift_BC[:, :, None, None]).to(x.dtype)
-
-
-def _is_half(x: Tensor) -> bool:
-    return x.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
 
 
 class ResBlock(nn.Module):
@@ -107,30 +75,6 @@ class AttentionBlock(nn.Module):
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         return x + self.proj_out(y.transpose(1, 2).reshape(batch, channels, height, width))
-
-
-class Downsample(nn.Module):
-    """Halve the side: zeros on the right and bottom only, then a strided 3x3 convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h/2, w/2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Double the side: nearest neighbour, then a 3x3 convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = conv3x3(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, 2h, 2w)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):

@@ -1,0 +1,58 @@
+"""However a convolution is computed, it is the same function with the same gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from varcli.tokenizer.convolutions import ImageConv2d
+
+
+def assert_the_same(plain: torch.Tensor, other: torch.Tensor, wanted: list[torch.Tensor], **tolerance: float) -> None:
+    """Two results of the same inputs are equal within rounding, and their gradients too."""
+    torch.testing.assert_close(other, plain, **tolerance)
+    generator = torch.Generator().manual_seed(3)
+    cotangent = torch.randn(plain.shape, generator=generator, dtype=plain.dtype)
+    for expected, found in zip(
+        torch.autograd.grad(plain, wanted, cotangent), torch.autograd.grad(other, wanted, cotangent), strict=True
+    ):
+        torch.testing.assert_close(found, expected, **tolerance)
+
+
+@pytest.mark.parametrize(("channels_in", "channels_out"), [(3, 20), (20, 3), (16, 16)])
+def test_channels_added_to_a_convolution_change_nothing(channels_in, channels_out):
+    convolution = ImageConv2d(channels_in, channels_out)
+    images = torch.randn(2, channels_in, 9, 7, requires_grad=True)
+    plain, padded = convolution(images), convolution.padded_forward(images)
+    assert_the_same(plain, padded, [images, *convolution.parameters()], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("side", [(9, 7), (1, 1), (2, 3)])
+def test_a_convolution_is_the_sum_of_its_shifted_taps(side, layout):
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        convolution = ImageConv2d(20, 3).to(dtype)
+        maps = torch.randn(2, 20, *side, dtype=dtype).to(memory_format=layout).requires_grad_()
+        plain, by_taps = convolution(maps), convolution.tapwise_forward(maps)
+        assert_the_same(plain, by_taps, [maps, *convolution.parameters()], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_by_taps_is_as_near_as_a_rounded_result(dtype):
+    torch.manual_seed(0)
+    convolution = ImageConv2d(160, 3).requires_grad_(False)
+    rounded = copy.deepcopy(convolution).to(dtype).double()
+    maps = torch.randn(2, 160, 32, 32).to(dtype)
+    exact = F.conv2d(maps.double(), rounded.weight, convolution.bias.double(), padding=1)
+    with torch.autocast("cpu", dtype):
+        found = convolution.tapwise_forward(maps)
+    assert found.dtype == torch.float32
+
+    def error(result: torch.Tensor) -> float:
+        return (result.double() - exact).square().mean().sqrt().item()
+
+    assert error(found) < 1.1 * error(exact.to(dtype))

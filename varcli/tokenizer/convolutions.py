@@ -1,0 +1,86 @@
+"""The autoencoder's convolutions, and other ways to the same sums that tensor cores are faster at."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_CHANNEL_MULTIPLE = 8  # of half-precision convolutions and products on tensor cores
+
+
+def is_half(x: Tensor) -> bool:
+    """Whether convolutions of `x` on CUDA are computed in half precision."""
+    return x.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
+
+
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the side."""
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+
+class ImageConv2d(nn.Conv2d):
+    """A 3x3 convolution from an image's three channels or to them, that keeps the side.
+
+    Tensor cores take multiples of 8 channels, and the kernels for the rest are several times slower. So in half precision
+    on a GPU it adds channels of zeros to an image that comes in, and makes one that goes out of matrix products; that one
+    is then float32.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, h, w) -> (B, out, h, w)."""
+        if not (x.is_cuda and is_half(x)):
+            return super().forward(x)
+        return self.tapwise_forward(x) if self.out_channels < self.in_channels else self.padded_forward(x)
+
+    def padded_forward(self, x: Tensor) -> Tensor:
+        """Compute the same with more channels."""
+        more_in, more_out = -self.in_channels % _CHANNEL_MULTIPLE, -self.out_channels % _CHANNEL_MULTIPLE
+        weight = F.pad(self.weight, (0, 0, 0, 0, 0, more_in, 0, more_out))
+        y = F.conv2d(F.pad(x, (0, 0, 0, 0, 0, more_in)), weight, F.pad(self.bias, (0, more_out)), padding=1)
+        return y[:, : self.out_channels]
+
+    def tapwise_forward(self, x: Tensor) -> Tensor:
+        """Compute the same as one matrix product, that reads `x` once, and a sum of its nine parts, each shifted.
+
+        In half precision the product's terms are rounded, and their sum is not: float32 comes out. That is as near as a
+        convolution whose result is rounded.
+        """
+        height, width = x.shape[-2:]
+        weight = self.weight.permute(2, 3, 0, 1).flatten(0, 2)  # (9 * out, in), the taps row by row
+        weight = F.pad(weight, (0, 0, 0, -len(weight) % _CHANNEL_MULTIPLE))
+        terms = F.linear(x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
+        wide = torch.promote_types(terms.dtype, torch.float32)
+        terms = F.pad(terms[:, : 9 * self.out_channels].to(wide), (1, 1, 1, 1))
+        y = self.bias[:, None, None]
+        for tap, part in enumerate(terms.split(self.out_channels, dim=1)):
+            row, column = divmod(tap, 3)
+            y = y + part[..., row : row + height, column : column + width]
+        return y
+
+
+class Downsample(nn.Module):
+    """Halve the side: zeros on the right and bottom only, then a strided 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h/2, w/2)."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the side: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, 2h, 2w)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
