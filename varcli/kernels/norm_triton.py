@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 _FORWARD_ROWS = 8  # a program: few, as nothing but the three vectors is shared by them
+_FEW_ROWS = 8192  # of all samples: fewer are spread over the device one a program, for the shortest time
 _BACKWARD_ROWS = 64  # a program: the sums it leaves behind are then 2 % of what it reads
 _CHANNELS_A_WARP = 256  # 8 a thread
 
@@ -130,9 +131,9 @@ def launch_forward(
     out = stream_BLC
     if branch_BLC is not None:
         out, branch_BLC, gate_B1C = torch.empty_like(stream_BLC), branch_BLC.contiguous(), _dense_rows(gate_B1C)
-    block = triton.next_power_of_2(width)
+    block, rows = triton.next_power_of_2(width), _FORWARD_ROWS if batch * length > _FEW_ROWS else 1
     with torch.cuda.device_of(out):
-        _varcli_norm_forward[(triton.cdiv(length, _FORWARD_ROWS), batch)](
+        _varcli_norm_forward[(triton.cdiv(length, rows), batch)](
             stream_BLC,
             branch_BLC,
             bias_C,
@@ -152,7 +153,7 @@ def launch_forward(
             HAS_BIAS=bias_C is not None,
             WIDTH=width,
             BLOCK=block,
-            ROWS=_FORWARD_ROWS,
+            ROWS=rows,
             num_warps=_num_warps(block),
         )
     return out, normed, mean, inverse

@@ -101,10 +101,9 @@ class Block(nn.Module):
         modulation_B16C = self.modulate(modulation) if isinstance(modulation, Condition) else modulation
         if isinstance(x_BlC, Stream):
             attend = functools.partial(self.attention.attend_steps, step_lengths=step_lengths)
-            stream = self._forward_stream(x_BlC, modulation_B16C, attend, branches_2B)
+            x_BlC, branch_BlC, bias_C, gate_B1C = self._forward_stream(x_BlC, modulation_B16C, attend, branches_2B)
             # a sharded block's weights are gone once it returns, and what it returns must not be a part of something else
-            bias_C = None if stream.bias_C is None else stream.bias_C.clone()
-            return stream._replace(bias_C=bias_C, gate_B1C=stream.gate_B1C.clone())
+            return Stream(x_BlC, branch_BlC, None if bias_C is None else bias_C.clone(), gate_B1C.clone())
         q, k, v = self.before_attention(x_BlC, modulation_B16C)
         seen_BlC = attend_by_step(q, k, v, step_lengths, self.attention.softmax_scale)
         return self.after_attention(x_BlC, seen_BlC, modulation_B16C, branches_2B)
