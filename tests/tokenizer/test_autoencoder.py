@@ -64,13 +64,17 @@ def test_a_constant_map_is_normalised_to_the_bias_by_either_way():
     assert norm.channelwise_forward(constant).abs().max() < 1e-2 and norm(constant).abs().max() < 1e-2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU takes the fast ways")
-def test_compiled_half_precision_reconstructs_as_eager_float32_does(tiny_tokenizer):
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_half_precision_computes_what_eager_float32_does(tiny_tokenizer, dtype):
     tokenizer = tiny_tokenizer.cuda().to(memory_format=torch.channels_last).eval()
     side = tokenizer.config.image_size
-    images = torch.rand(2, 3, side, side, device="cuda") * 2 - 1
+    images = torch.rand(3, 3, side, side, device="cuda") * 2 - 1
     with torch.no_grad():
-        expected = tokenizer.encoder(images)
-        with torch.autocast("cuda", torch.bfloat16):
-            found = torch.compile(tokenizer.encoder)(images)
-    assert (found.float() - expected).norm() < 0.05 * expected.norm()
+        features = tokenizer.encoder(images)
+        for part, given in ((tokenizer.encoder, images), (tokenizer.decoder, features)):
+            expected = part(given)
+            for call in (part, torch.compile(part)):
+                with torch.autocast("cuda", dtype):
+                    found = call(given)
+                assert (found.float() - expected).norm() < 0.05 * expected.norm()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from varcli.tokenizer.convolutions import ImageConv2d
+from varcli.tokenizer.convolutions import ImageConv2d, Upsample
 
 
 def assert_the_same(plain: torch.Tensor, other: torch.Tensor, wanted: list[torch.Tensor], **tolerance: float) -> None:
@@ -56,3 +56,25 @@ def test_half_precision_by_taps_is_as_near_as_a_rounded_result(dtype):
         return (result.double() - exact).square().mean().sqrt().item()
 
     assert error(found) < 1.1 * error(exact.to(dtype))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("side", [(4, 5), (1, 1), (2, 3)])
+def test_upsampling_by_phases_is_the_convolution_of_the_doubled_map(side, layout):
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        upsample = Upsample(6).to(dtype)
+        maps = torch.randn(2, 6, *side, dtype=dtype).to(memory_format=layout).requires_grad_()
+        plain, by_phases = upsample(maps), upsample.phasewise_forward(maps)
+        assert_the_same(plain, by_phases, [maps, *upsample.parameters()], rtol=tolerance, atol=tolerance)
+
+
+def test_the_rounded_weights_of_phases_cost_no_more_than_rounded_weights():
+    torch.manual_seed(0)
+    upsample = Upsample(32).requires_grad_(False)
+    upsample.conv.bias.zero_()  # torch.compile alone adds it before the result is rounded
+    maps = torch.randn(2, 32, 16, 16).bfloat16()
+    exact = copy.deepcopy(upsample).double()(maps.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, by_phases = upsample(maps), upsample.phasewise_forward(maps)
+    assert (by_phases.double() - exact).norm() < 1.1 * (plain.double() - exact).norm()

@@ -83,4 +83,33 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, 2h, 2w)."""
+        if x.is_cuda and is_half(x) and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return self.phasewise_forward(x)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+    def phasewise_forward(self, x: Tensor) -> Tensor:
+        """Compute the same from `x` as it is, with 4/9 of the products.
+
+        The three rows that a pixel sees are two of `x`: an even row sees the one before and its own, an odd one its own and
+        the one after. So the even and odd rows and columns are four convolutions of 2x2 taps, in which the weights of taps
+        that fall on one pixel are added up. They are computed as one, in all places where its taps touch `x`.
+        """
+        channels, height, width = x.shape[1:]
+        y = F.conv2d(x, self._weight_of_phases(), padding=1).unflatten(1, (2, 2, channels))
+        # odd rows begin one place later than even ones, and columns too: window 1 belongs to phase 1
+        windows = y.unfold(4, height, 1).unfold(5, width, 1)  # (B, row phase, column phase, C, 2, 2, h, w)
+        phases = windows.diagonal(dim1=1, dim2=4).diagonal(dim1=1, dim2=3)  # (B, C, h, w, row phase, column phase)
+        y = phases.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2) + self.conv.bias.to(y.dtype)
+        return y.permute(0, 3, 1, 2)  # channels last
+
+    def _weight_of_phases(self) -> Tensor:
+        """The weights (4 * out, in, 2, 2) by row phase, column phase and output; float32 sums, rounded once.
+
+        With zeros around them, the sums of neighbouring taps are by turns one of even and one of odd rows.
+        """
+        weight = self.conv.weight
+        sums = F.pad(weight.to(torch.promote_types(weight.dtype, torch.float32)), (1, 1, 1, 1))
+        sums = sums[:, :, :-1] + sums[:, :, 1:]
+        sums = sums[..., :-1] + sums[..., 1:]
+        by_phase = sums.unflatten(3, (2, 2)).unflatten(2, (2, 2)).permute(3, 5, 0, 1, 2, 4)
+        return by_phase.flatten(0, 2).to(weight.dtype)
