@@ -112,6 +112,13 @@ def test_kernels_are_compared_in_training_alone_and_refused_before_anything_is_m
         run_bench("train", replace(config, kernels=("torch", "triton")))
 
 
+def test_fp8_is_refused_before_anything_is_measured_where_there_is_none():
+    config = BenchConfig(depth=1, scales="1,2", tokenizer_width=32, batch_sizes=(1,), repeats=1, device="cpu", fp8=True)
+    with pytest.raises(ConfigError, match="fp8 needs an NVIDIA GPU"):
+        run_bench("all", config)
+    assert not run_bench("tokenize", config).measurements[0].is_fp8
+
+
 def test_a_profile_accounts_for_the_time_of_a_batch():
     config = BenchConfig(depth=1, scales="1,2", tokenizer_width=32, batch_sizes=(2,), repeats=1, device="cpu")
     (entry,) = run_bench("train", replace(config, profile=True)).measurements

@@ -82,6 +82,7 @@ def test_run_again_it_goes_on_with_its_own_settings(place):
         (["--set", "learning_rate=fast"], 1, "takes a number, but got 'fast'"),
         (["--steps", "0"], 1, "steps must be at least 1"),
         (["--precision", "fp8"], 1, "unknown precision"),
+        (["--fp8"], 1, "fp8 needs an NVIDIA GPU"),
         (["--config", "none.toml"], 1, "cannot read config"),
         (["nothing"], 1, "varcli tokenize IMAGES"),
         (["--set", "mlp_ratio=nan"], 1, "takes a number"),

@@ -99,6 +99,14 @@ def test_triton_kernels_learn_the_same(places, tmp_path, open_gates, precision, 
     assert norms(tmp_path / "fused") == pytest.approx(norms(tmp_path / "plain"), rel=close)
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fp8_learns_nearly_the_same(places, tmp_path, open_gates, kernels, compiled):
+    config = replace(SMALL, dropout=0.0, precision="bf16", kernels=kernels, compile=compiled, steps=30)
+    plain = train(places, tmp_path / "plain", config)
+    assert train(places, tmp_path / "fp8", replace(config, fp8=True)) == pytest.approx(plain, rel=0.02)
+
+
 def test_the_cpu_and_the_gpu_take_the_same_steps(places, tmp_path):
     config = replace(SMALL, dropout=0.0, drop_path=0.0, label_dropout=0.0, precision="fp32")
     codes, tokenizer = places

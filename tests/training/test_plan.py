@@ -23,11 +23,13 @@ def test_a_batch_is_cut_into_the_largest_equal_pieces_that_fit(monkeypatch, batc
     assert fit_micro_batch(batch_size, 10, 85, torch.device("cpu")) == expected
 
 
-def kept_bytes(config: TransformerConfig, dtype: torch.dtype, kernels: str, batch: int) -> int:
+def kept_bytes(config: TransformerConfig, dtype: torch.dtype, kernels: str, batch: int, fp8: bool = False) -> int:
     """What autograd keeps of a forward pass up to the loss, weights left out."""
     torch.manual_seed(0)
     model = Transformer(config).train()
     model.kernels = kernels
+    if fp8:
+        model.train_in_fp8()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = []
     codes, labels = torch.zeros(batch, config.seq_len, dtype=torch.long), torch.zeros(batch, dtype=torch.long)
@@ -55,6 +57,16 @@ def test_activations_are_what_autograd_keeps(kernels, dtype, mlp_ratio, dropout,
     logits, whole = (64 * config.seq_len * count for count in per_token)
     estimate = activation_bytes(config, dtype, False, kernels) - whole
     assert estimate == pytest.approx(image - logits, rel=0.05)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_an_image_in_fp8_keeps_what_it_keeps_in_bf16(kernels):
+    config = TransformerConfig.from_depth(3, vocab_size=64, step_lengths=(1, 4, 9, 16), num_classes=3)
+    bf16, fp8 = (
+        kept_bytes(config, torch.bfloat16, kernels, 3, fp8) - kept_bytes(config, torch.bfloat16, kernels, 2, fp8)
+        for fp8 in (False, True)
+    )
+    assert fp8 == pytest.approx(bf16, rel=0.01)
 
 
 def test_the_flag_to_change_is_named_and_fits_what_was_tried():

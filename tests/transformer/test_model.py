@@ -241,3 +241,76 @@ def test_parts_compiled_alone_give_the_same_and_one_block_is_compiled_for_all(li
     assert graphs == (3 if kernels == "torch" else 4)  # Triton's first block has no branch to add
     model.uncompile_parts()
     assert not {"forward", "_enter", "_losses_of"} & {*vars(model), *vars(model.blocks[0])}
+
+
+# -- products in FP8 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fp8_transformer(lively_transformer):
+    """A wider lively transformer whose training takes its products in FP8."""
+    torch.manual_seed(2)
+    changes = {"width": 64, "init_adaln_gamma": 0.5}
+    model = Transformer(TransformerConfig(**{**vars(lively_transformer.config), **changes}))
+    model.train_in_fp8()
+    return model
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": False, "dropout": 0.1}], ids=str)
+def test_fp8_changes_gradients_by_its_rounding_alone(fp8_transformer, features, kernels, changes):
+    torch.manual_seed(2)
+    plain = Transformer(TransformerConfig(**{**vars(fp8_transformer.config), **changes}))
+    model = Transformer(plain.config)
+    model.load_state_dict(plain.state_dict())
+    model.train_in_fp8()
+    found = []
+    for transformer in (model, plain):
+        transformer.kernels = kernels
+        torch.manual_seed(3)  # of dropout
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(gradients(transformer, features))
+    fp8, bf16 = found
+    assert fp8[0].item() == pytest.approx(bf16[0].item(), rel=0.01) and fp8[0] != bf16[0]
+    names = [name for name, _ in model.named_parameters()]
+    together = [torch.cat([grad.flatten() for grad in grads[3:]]) for grads in found]
+    assert len(names) == len(fp8) - 3
+    assert ((together[0] - together[1]).norm() / together[1].norm()).item() < 0.15
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_fp8_compiles_as_one_graph(fp8_transformer, features, kernels):
+    fp8_transformer.kernels = kernels
+    compiled = torch.compile(Transformer.losses, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = gradients(fp8_transformer, features)
+        for actual, expected in zip(gradients(fp8_transformer, features, compiled), eager, strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+@torch.no_grad()
+def test_fp8_is_for_training_alone(fp8_transformer, features):
+    plain = Transformer(fp8_transformer.config)
+    plain.load_state_dict(fp8_transformer.state_dict())
+    assert not torch.equal(fp8_transformer(LABELS, features), plain(LABELS, features))
+    assert torch.equal(fp8_transformer.eval()(LABELS, features), plain.eval()(LABELS, features))
+
+
+def test_thirty_steps_in_fp8_lose_as_fast_as_in_bf16(fp8_transformer, features):
+    codes = torch.arange(2 * 21).view(2, 21) ** 2 % fp8_transformer.config.vocab_size
+    plain = Transformer(fp8_transformer.config)
+    plain.load_state_dict(fp8_transformer.state_dict())
+    curves = []
+    for model in (fp8_transformer, plain):
+        optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-4), []
+        for _ in range(30):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model.losses(LABELS, features, codes)[0]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+    fp8, bf16 = curves
+    assert bf16[-1] < 0.7 * bf16[0]
+    assert fp8 == pytest.approx(bf16, abs=0.01)

@@ -22,6 +22,7 @@ from varcli.bench.tokenizer_training import tokenizer_training_stage
 from varcli.devices import precision_name, resolve_device, resolve_precision
 from varcli.errors import MemoryLimitError, unknown_name
 from varcli.kernels import resolve_kernels
+from varcli.kernels.fp8 import require_fp8
 from varcli.order import ScaleOrder
 from varcli.progress import OnStep, Step, ignore
 from varcli.scaling.flops import training_flops
@@ -53,8 +54,11 @@ def run_bench(
     device = resolve_device(config.device)
     dtype = resolve_precision(config.precision, device)
     choices = [resolve_kernels(kernels, device) for kernels in config.kernels]
-    ceiling = measure_ceiling(device, dtype)
     names = list(ALL) if stage == "all" else [stage]
+    is_fp8 = config.fp8 and "train" in names
+    if is_fp8:
+        require_fp8(device, dtype, config.transformer.width, config.transformer.hidden_width)
+    ceiling = measure_ceiling(device, dtype)
     jobs = [
         (name, size, kernels)
         for name in names
@@ -72,7 +76,7 @@ def run_bench(
                 measurements = measure_files(size, chosen, device, dtype, ceiling, on_step)
             else:
                 measurements = [
-                    replace(measurement, kernels=kernels)
+                    replace(measurement, kernels=kernels, is_fp8=is_fp8 and name == "train")
                     for measurement in _measure(name, size, chosen, device, dtype, ceiling)
                 ]
         except torch.OutOfMemoryError:
@@ -161,6 +165,8 @@ def _train(size: int, config: BenchConfig, device: torch.device, dtype: torch.dt
         model = Transformer(config.transformer).train()
     model.to(device)
     model.kernels = resolve_kernels(config.kernels[0], device)
+    if config.fp8:
+        model.train_in_fp8()
     objective = Objective(model, ScaleOrder(quantizer), device, dtype)
     if config.compile:
         objective.compile()

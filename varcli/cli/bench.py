@@ -44,6 +44,7 @@ def bench(
     kernels: Annotated[
         list[str] | None, Option("--kernels", help="train: auto, torch or triton; repeat it to compare. Default: auto.")
     ] = None,
+    fp8: Annotated[bool, Option("--fp8", help="train: large products in FP8, from H100 or L40S on.")] = False,
     profile: Annotated[bool, Option("--profile", help="Also show where the time goes, kernel by kernel.")] = False,
     repeats: Annotated[int, Option("--repeats", help="Timed runs; the median counts.")] = 5,
     count: Annotated[
@@ -90,6 +91,7 @@ def bench(
         precision=precision,
         compile=compile_,
         kernels=tuple(kernels or ["auto"]),
+        fp8=fp8,
         profile=profile,
         repeats=repeats,
         device=device,
@@ -128,7 +130,8 @@ def bench(
 
 
 def _label(entry: Measurement) -> str:
-    return entry.stage if entry.kernels is None else f"{entry.stage}, {entry.kernels}"
+    parts = (entry.stage, entry.kernels, "fp8" if entry.is_fp8 else None)
+    return ", ".join(part for part in parts if part)
 
 
 def _profile(entry: Measurement) -> None:

@@ -73,6 +73,14 @@ def train(
         str | None,
         Option("--precision", help="fp32, bf16 or fp16; default: bf16 on CUDA, fp32 elsewhere.", show_default=False),
     ] = None,
+    fp8: Annotated[
+        bool | None,
+        Option(
+            "--fp8/--no-fp8",
+            help="Large products in FP8, with bf16, from H100 or L40S on; not yet measured. Default: no.",
+            show_default=False,
+        ),
+    ] = None,
     parallel: Annotated[
         str | None,
         Option(
@@ -114,6 +122,7 @@ def train(
         "learning_rate": lr,
         "seed": seed,
         "precision": precision,
+        "fp8": fp8,
         "parallel": parallel,
     }
     values = collect_settings(config, set_, options)
@@ -167,7 +176,7 @@ def describe_plan(plan: TrainPlan, folder: Path) -> str:
     pieces = f", {plan.micro_batch_size} at a time" if plan.micro_batch_size < plan.batch_size else ""
     if plan.processes > 1:
         pieces += f" in each of {plan.processes:,} processes ({plan.parallel})"
-    compiled = ", compiled" if plan.is_compiled else ""
+    compiled = (", fp8" if plan.is_fp8 else "") + (", compiled" if plan.is_compiled else "")
     left = plan.steps - plan.start_step
     lines = [
         f"run       {folder}{f', going on from step {plan.start_step:,}' if plan.start_step else ''}",

@@ -37,6 +37,7 @@ class TrainPlan:
     recipe: str  # where open settings came from
     device: str  # where it runs
     precision: str  # of matrix products
+    is_fp8: bool  # whether those of the blocks are in FP8
     is_compiled: bool  # whether torch.compile is used
     depth: int  # blocks of the transformer
     width: int  # its channels

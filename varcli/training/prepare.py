@@ -101,6 +101,7 @@ def _describe(trainer: TransformerTrainer, start_step: int, image_seconds: float
         recipe=choose_recipe(config.depth, trainer.device.type).name,
         device=torch.cuda.get_device_name(trainer.device) if is_cuda else trainer.device.type,
         precision=config.precision,
+        is_fp8=config.fp8,
         is_compiled=trainer.is_compiled,
         depth=model.depth,
         width=model.width,

@@ -72,6 +72,7 @@ class TrainConfig:
     compile: bool | None = None  # torch.compile; None is on CUDA when the run is long enough to gain
     # auto, torch or triton: passes of our own between products; auto is torch, until they are measured
     kernels: str = "auto"
+    fp8: bool = False  # the four large products of each block in FP8, beside bf16; not yet measured on a GPU
     # of several processes: ddp, fsdp, hsdp; auto is ddp where the state fits one device, else fsdp
     parallel: str = "auto"
     cuda_graphs: bool = False  # replay each step's kernels in one launch: faster for small models, takes more memory
@@ -163,6 +164,7 @@ FREE = LoopConfig.FREE | {
     "micro_batch_size",
     "compile",
     "kernels",
+    "fp8",
     "parallel",
     "cuda_graphs",
     "validation_images",

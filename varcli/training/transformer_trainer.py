@@ -19,6 +19,7 @@ from varcli.distributed.context import exchange
 from varcli.distributed.parallelize import parallelize
 from varcli.errors import ConfigError
 from varcli.kernels import resolve_kernels
+from varcli.kernels.fp8 import require_fp8
 from varcli.order import ScaleOrder
 from varcli.progress import OnStep, ignore
 from varcli.tokenizer import VQVAE
@@ -113,6 +114,9 @@ class TransformerTrainer(Trainer):
         learn(self.model, self.frozen)
         self.model.kernels = resolve_kernels(config.kernels, device)
         self.dtype = resolve_precision(config.precision, device)
+        if config.fp8:
+            require_fp8(device, self.dtype, self.model_config.width, self.model_config.hidden_width)
+            self.model.train_in_fp8()
         self.is_compiled = self._wants_compile()
         needed = coming_bytes(self.model.num_parameters, len(config.all_ema_decays)) + self.image_bytes()
         self.mode = choose_mode(config.parallel, config.optimizer, needed, device, world)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varcli.kernels.fp8 import fp8_product
 from varcli.kernels.qk import normalize_into, normalized_steps
 from varcli.transformer.base import TransformerConfig
 
@@ -31,14 +32,31 @@ class LayerCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Apply a linear layer in the precision of its weights, or in autocast's if that is on."""
-    return layer(x.to(layer.weight.dtype))
+class BlockLinear(nn.Linear):
+    """One of the four large linear layers of a block; with `fp8` its products are taken in FP8 while it trains."""
+
+    fp8 = False
+
+
+def linear(layer: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply a linear layer in the precision of its weights, or in autocast's if that is on. bias: in place of its own."""
+    bias = layer.bias if bias is None else bias
+    if not is_in_fp8(layer):
+        return F.linear(x.to(layer.weight.dtype), layer.weight, bias)
+    y = product(layer, x)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def product(layer: nn.Linear, x: Tensor) -> Tensor:
     """Apply a linear layer as `linear` does, without its bias."""
+    if is_in_fp8(layer):
+        return fp8_product(x.to(torch.bfloat16), layer.weight)
     return F.linear(x.to(layer.weight.dtype), layer.weight)
+
+
+def is_in_fp8(layer: nn.Linear) -> bool:
+    """Whether a layer's products are taken in FP8 now."""
+    return isinstance(layer, BlockLinear) and layer.fp8 and layer.training
 
 
 def unit_length(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
@@ -78,7 +96,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.qkv = BlockLinear(config.width, 3 * config.width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(config.width))
         self.v_bias = nn.Parameter(torch.zeros(config.width))
         self.register_parameter("log_scale", None)
@@ -86,15 +104,14 @@ class SelfAttention(nn.Module):
         if config.qk_norm:
             self.log_scale = nn.Parameter(torch.full((1, config.num_heads, 1, 1), math.log(4.0)))
             self.softmax_scale = 1.0
-        self.proj = nn.Linear(config.width, config.width)
+        self.proj = BlockLinear(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
     def project(self, x_BlC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, (B, n, l, d) each."""
         batch, length, _ = x_BlC.shape
-        weight = self.qkv.weight
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)).to(weight.dtype)
-        qkv = F.linear(x_BlC.to(weight.dtype), weight, bias)
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)).to(self.qkv.weight.dtype)
+        qkv = linear(self.qkv, x_BlC, bias)
         q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         if self.log_scale is not None:
             # the cap has no gradient above it: a head that reaches it stays there unless decay moves it

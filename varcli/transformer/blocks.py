@@ -10,9 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varcli.kernels.gelu import linear_gelu
+from varcli.kernels.gelu import biased_gelu, linear_gelu
 from varcli.kernels.norm import gated_norm, norm
-from varcli.transformer.attention import LayerCache, SelfAttention, attend_by_step, linear, product
+from varcli.transformer.attention import (
+    BlockLinear,
+    LayerCache,
+    SelfAttention,
+    attend_by_step,
+    is_in_fp8,
+    linear,
+    product,
+)
 from varcli.transformer.base import TransformerConfig
 
 
@@ -49,8 +57,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.width, config.hidden_width)
-        self.fc2 = nn.Linear(config.hidden_width, config.width)
+        self.fc1 = BlockLinear(config.width, config.hidden_width)
+        self.fc2 = BlockLinear(config.hidden_width, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BlC: Tensor) -> Tensor:
@@ -144,7 +152,10 @@ class Block(nn.Module):
         branch = _last_product(self.attention.proj, self.attention.dropout, attend(normed_BlC))
         x_BlC, normed_BlC = Stream(x_BlC, *branch, gamma1).enter(scale2, shift2, self.norm_eps)
         layers = self.feed_forward
-        y_BlH = linear_gelu(normed_BlC, layers.fc1.weight, layers.fc1.bias)
+        if is_in_fp8(layers.fc1):
+            y_BlH = biased_gelu(product(layers.fc1, normed_BlC), layers.fc1.bias)
+        else:
+            y_BlH = linear_gelu(normed_BlC, layers.fc1.weight, layers.fc1.bias)
         return Stream(x_BlC, *_last_product(layers.fc2, layers.dropout, y_BlH), gamma2)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from varcli.kernels.cross_entropy import linear_cross_entropy
 from varcli.shapes import check_shape
-from varcli.transformer.attention import LayerCache, attend_by_step, linear
+from varcli.transformer.attention import BlockLinear, LayerCache, attend_by_step, linear
 from varcli.transformer.base import TransformerConfig
 from varcli.transformer.blocks import Block, Condition, Stream, cached_queries, modulated_norm
 
@@ -270,6 +270,12 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear) and module is not self.input_projection:
                 module.to(dtype)
+
+    def train_in_fp8(self) -> None:
+        """Take the four large products of each block in FP8 while training (`varcli.kernels.fp8`); eval mode does not."""
+        for module in self.modules():
+            if isinstance(module, BlockLinear):
+                module.fp8 = True
 
     def undecayed_parameters(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone: biases, positions, steps, temperatures, offsets."""
