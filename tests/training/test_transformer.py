@@ -111,7 +111,7 @@ def test_the_timed_try_finds_gradients_as_a_step_does(codes, tokenizer_folder, m
 def test_the_loss_is_the_mean_over_tokens_and_labels_are_dropped_in_training_only(codes, tokenizer_folder):
     trainer = make_trainer(codes, tokenizer_folder, replace(TINY, label_dropout=1.0, dropout=0.0, drop_path=0.0))
     seen = []
-    trainer.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
+    trainer.model.class_embedding.register_forward_pre_hook(lambda embedding, inputs: seen.append(inputs[0]))
     loss = trainer.train_step(0)["loss"]
     assert (torch.cat(seen) == 3).all()
     seen.clear()
