@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
 from ranks import run_ranks
 
 from varcli.distributed import ALONE, World, join_world
+from varcli.distributed.context import have_own_gpus
 from varcli.errors import ConfigError
 
 
@@ -81,3 +84,19 @@ def test_an_error_of_a_lonely_process_passes_through():
 def test_shares_of_a_tensor_come_back_together():
     whole = torch.arange(12).view(6, 2)
     assert torch.equal(torch.cat([World(rank, 3).share(whole) for rank in range(3)]), whole)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "own"), [(["a", "b", "c"], True), (["a", "a", "b"], False), (["a", None, "b"], False), ([None] * 3, False)]
+)
+def test_gpus_are_ones_own_where_their_names_differ(gpus, own, monkeypatch):
+    """However many a process sees: schedulers may show each one GPU alone, and two processes may share one."""
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    store, patience = torch.distributed.HashStore(), timedelta(seconds=10)
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda gpu: have_own_gpus(store, gpu, 3, patience), gpus)) == [own] * 3
+
+
+def test_gpus_of_a_process_that_never_starts_are_not_waited_for_without_end():
+    with pytest.raises(RuntimeError, match="timed out"):
+        have_own_gpus(torch.distributed.HashStore(), None, 2, timedelta(seconds=0.1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,16 @@ import torch
 from toy_trainer import ToyTrainer, train_toy
 
 from varcli.artifacts.verify import read_manifest
+from varcli.distributed import World
 from varcli.errors import ArtifactError, ConfigError, IntegrityError
-from varcli.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from varcli.training.checkpoint import (
+    await_checkpoint,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from varcli.training.run import RunFolder, open_run
 from varcli.training.state import Parts, capture_random, restore_random, undisturbed
 
 
@@ -136,3 +145,25 @@ def test_a_generator_of_another_device_starts_a_sequence_that_the_checkpoint_dec
     del files["random"]["generator/noise/cuda"]
     with pytest.raises(ArtifactError, match="noise"):
         draw()
+
+
+def test_another_process_waits_until_it_sees_the_first_ones_checkpoint(run):
+    """Law: whatever this host still sees of a shared folder, all go on from the same bytes."""
+    folder, manifest = find_checkpoint(run)
+    hidden = folder.rename(folder.with_name("on-its-way"))
+    timer = threading.Timer(0.5, lambda: hidden.rename(folder))
+    timer.start()
+    assert await_checkpoint(folder, manifest.digest, seconds=30) == (folder, manifest)
+    timer.join()
+    before = find_checkpoint(run)[0].with_name("step-0000015")
+    with pytest.raises(ArtifactError, match="does not see it"):
+        await_checkpoint(before, manifest.digest, seconds=0.1)
+
+
+def test_what_the_first_process_tells_is_what_the_others_go_on_from(run):
+    with open_run(run) as first:
+        other = RunFolder(run, "auto", World(1, 2), told=first.tell())
+        assert (other.stored, other.checkpoint, other.step) == (first.stored, first.checkpoint, 20)
+    with open_run(run.with_name("new")) as first:
+        other = RunFolder(first.path, "auto", World(1, 2), told=first.tell())
+        assert other.stored is other.checkpoint is None

@@ -115,10 +115,11 @@ def join_world(device: str = "auto") -> Iterator[tuple[World, str]]:
     """Join the processes that torchrun started, and leave them at the end.
 
     device: as in `varcli.devices.resolve_device`. Yields the world and the device of this process: with several GPUs each
-    takes the one of its local rank. Tensors on GPUs go through NCCL where each process has one of its own, all others
-    through gloo, which every machine has. If the body raises, in however many processes, the error leaves this context in
-    the first of them alone; the others end silently with status 1, so that one text tells what went wrong. A process that
-    has ended is missed at once, one that answers no more after VARCLI_TIMEOUT minutes (120); the error names it.
+    takes the one of its local rank, or the only one it sees. Tensors on GPUs go through NCCL where each process has one of
+    its own, all others through gloo, which every machine has. If the body raises, in however many processes, the error
+    leaves this context in the first of them alone; the others end silently with status 1, so that one text tells what went
+    wrong. A process that has ended is missed at once, one that answers no more after VARCLI_TIMEOUT minutes (120); the
+    error names it.
     Raises ConfigError if torchrun's variables, or that one, make no sense.
     """
     timeout = _read_timeout()
@@ -133,16 +134,16 @@ def join_world(device: str = "auto") -> Iterator[tuple[World, str]]:
     if world.size == 1:
         yield world, device
         return
-    backend = "gloo"
+    gpu = None
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local_rank % torch.cuda.device_count()}"
         torch.cuda.set_device(device)  # NCCL and CUDA graphs look at the current one
-        if world.local_size <= torch.cuda.device_count() and dist.is_nccl_available():
-            backend = "cpu:gloo,cuda:nccl"
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
     try:
         with exchange():
             store, rank, size = next(rendezvous("env://", timeout=timeout))
             pulse = Pulse(store, rank)
+            backend = "cpu:gloo,cuda:nccl" if have_own_gpus(store, gpu, size, timeout) else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except ValueError as error:  # of rendezvous, for a variable that is not set
         raise ConfigError(f"WORLD_SIZE is {world.size}, but {error}", "start with torchrun") from None
@@ -162,6 +163,23 @@ def join_world(device: str = "auto") -> Iterator[tuple[World, str]]:
         raise error from None
     pulse.stop()
     _leave(world, store)
+
+
+def have_own_gpus(store: dist.Store, gpu: str | None, size: int, timeout: timedelta) -> bool:
+    """Say whether every process computes on a GPU that no other one of the job uses; each must call it.
+
+    gpu: what names this process's GPU in all the world, None without one. Schedulers may show each process one GPU alone,
+    so that counting those it sees tells nothing.
+    """
+    if gpu is None or not dist.is_nccl_available() or store.add(f"varcli/gpu/{gpu}", 1) > 1:
+        store.add("varcli/without", 1)
+    store.add("varcli/counted", 1)
+    until = time.monotonic() + timeout.total_seconds()
+    while store.add("varcli/counted", 0) < size:
+        if time.monotonic() > until:
+            raise RuntimeError("timed out waiting for the other processes to start")
+        time.sleep(0.02)
+    return store.add("varcli/without", 0) == 0
 
 
 def _read_timeout() -> timedelta:

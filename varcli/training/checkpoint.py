@@ -11,9 +11,11 @@ and any number of processes, with shards or without, go on from what any other n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -34,6 +36,7 @@ KIND = "checkpoint"
 FOLDER_NAME = "checkpoints"
 LATEST_NAME = "latest.json"
 RESUME_MODES = ("auto", "last-good", "never")
+_PATIENCE = 60.0  # seconds until what one host has written must be seen by the others
 _STEP = re.compile(r"step-(\d{7,})")
 _PART = re.compile(r"(.+?)(-\d{5,}-of-(\d{5,}))?\.safetensors")
 
@@ -143,10 +146,24 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path, Manifest] | 
     return (folder, manifest) if folder else None
 
 
-def newest_checkpoint(run: Path) -> tuple[Path, Manifest] | None:
-    """Return what `find_checkpoint` has found for the first process of a job, to another one: nothing is hashed again."""
-    folder = next(iter(list_checkpoints(run)), None)
-    return None if folder is None else (folder, read_manifest(folder, KIND))
+def await_checkpoint(folder: Path, digest: str, seconds: float = _PATIENCE) -> tuple[Path, Manifest]:
+    """Return a checkpoint that another process of the job has found whole, as soon as this one sees it; nothing is hashed.
+
+    digest: of its manifest. Folders that hosts share may show others what is there, or what was there before, for a while.
+    Raises ArtifactError after `seconds`.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(ArtifactError):
+            manifest = read_manifest(folder, KIND)
+            if manifest.digest == digest:
+                return folder, manifest
+        if time.monotonic() >= until:
+            raise ArtifactError(
+                f"the first process goes on from `{folder}`, but this one does not see it",
+                "all processes need the run folder: put it on a file system that the hosts share",
+            )
+        time.sleep(0.2)
 
 
 def load_checkpoint(folder: Path, manifest: Manifest, parts: Parts) -> None:

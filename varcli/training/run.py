@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from varcli.artifacts.write import atomic_folder, write_bytes, write_json
 from varcli.config import Config
 from varcli.distributed import ALONE, World
 from varcli.errors import ArtifactError, ConfigError, unknown_name
-from varcli.training.checkpoint import RESUME_MODES, find_checkpoint, newest_checkpoint
+from varcli.training.checkpoint import RESUME_MODES, await_checkpoint, find_checkpoint
 
 CONFIG_NAME = "config.json"
 
@@ -25,19 +26,28 @@ CONFIG_NAME = "config.json"
 class RunFolder:
     """An open run folder, held by this job; get one from `open_run`.
 
-    world: the processes that train here; the first one writes.
+    world: the processes that train here; the first one writes. told: what its `tell` said, for the others.
     """
 
-    def __init__(self, path: Path, resume: str, world: World = ALONE) -> None:
+    def __init__(self, path: Path, resume: str, world: World = ALONE, told: str | None = None) -> None:
         self.path, self.world = path, world
-        stored = read_json(path / CONFIG_NAME) if (path / CONFIG_NAME).is_file() else None
-        if stored is not None and not (isinstance(stored, dict) and isinstance(stored.get("config"), dict)):
-            raise ArtifactError(f"`{path / CONFIG_NAME}` is not a run's config", "choose another --out")
+        if told is None:
+            stored = read_json(path / CONFIG_NAME) if (path / CONFIG_NAME).is_file() else None
+            if stored is not None and not (isinstance(stored, dict) and isinstance(stored.get("config"), dict)):
+                raise ArtifactError(f"`{path / CONFIG_NAME}` is not a run's config", "choose another --out")
+            self.checkpoint = find_checkpoint(path, resume)
+        else:
+            stored, found = json.loads(told)
+            self.checkpoint = None if found is None else await_checkpoint(path / found[0], found[1])
         self.stored: dict[str, Any] | None = stored
-        self.checkpoint = find_checkpoint(path, resume) if world.is_first else newest_checkpoint(path)
         if self.checkpoint is not None and resume == "never":
             raise ConfigError(f"`{path}` holds a run already", "choose another --out, or leave out --resume never")
         self.digest: str | None = None
+
+    def tell(self) -> str:
+        """Put into words what was found here, so that all processes go on from the same."""
+        found = self.checkpoint and (str(self.checkpoint[0].relative_to(self.path)), self.checkpoint[1].digest)
+        return json.dumps([self.stored, found])
 
     @property
     def config(self) -> dict[str, Any] | None:
@@ -125,12 +135,11 @@ def open_run(path: Path, resume: str = "auto", world: World = ALONE) -> Iterator
     if world.is_first:
         with hold_folder(path, {CONFIG_NAME}, "run"):
             run = RunFolder(path, resume, world)
-            world.wait()  # what is damaged is set aside, so that all find the same
+            world.say(run.tell())
             world.wait()  # the others have read what there is, before it changes
             yield run
     else:
-        world.wait()
-        run = RunFolder(path, resume, world)
+        run = RunFolder(path, resume, world, told=world.say(""))
         world.wait()
         yield run
 
