@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from varcli.kernels import gelu_triton, norm, norm_triton, qk, qk_triton
+from varcli.kernels.fp8 import round_rows
 
 CAP = math.log(100)
 
@@ -57,15 +58,35 @@ def measure_norm(batch: int, length: int, width: int, given: int, dtype: torch.d
 
 
 def measure_gelu(num_rows: int, width: int, dtype: torch.dtype) -> dict[str, float]:
-    """Forward and backward of `biased_gelu`."""
+    """Forward and backward of `biased_gelu`, as they are and with rows in FP8 beside them."""
     before, grad = (torch.randn(num_rows, width).to(dtype) for _ in range(2))
     bias = torch.randn(width)
     wide = [tensor.double().requires_grad_() for tensor in (before, bias)]
     result = torch.nn.functional.gelu(wide[0] + wide[1], approximate="tanh")
     result.backward(grad.double())
-    grads = gelu_triton.launch_backward(grad, before, bias)
-    found = {name: distance(actual, tensor.grad) for name, actual, tensor in zip(("before", "bias"), grads, wide)}
-    return {"result": distance(gelu_triton.launch_forward(before, bias), result), **found}
+    found, rows = {}, {}
+    for rounds in (False, True):
+        made, *rounded = gelu_triton.launch_forward(before, bias, rounds)
+        *grads, rounded_grad, scales = gelu_triton.launch_backward(grad, before, bias, rounds)
+        pairs = {"result": (made, result), "before": (grads[0], wide[0].grad), "bias": (grads[1], wide[1].grad)}
+        found |= {f"{name} {rounds}": distance(*pair) for name, pair in pairs.items()}
+        if rounds:
+            rows = measure_rows("result", made, *rounded) | measure_rows("before", grads[0], rounded_grad, scales)
+    return found | rows
+
+
+def measure_rows(name: str, whole: Tensor, rounded: Tensor, scales: Tensor) -> dict[str, float]:
+    """How far the scales are off, and the share of entries that are more than a step off in FP8.
+
+    The interpreter loses the carry where an entry is rounded up to a power of two; these do not count.
+    """
+    expected, expected_scales = round_rows(whole)
+    right, wrong = expected.double(), (rounded.double() - expected.double()).abs()
+    is_off = (wrong > right.abs() / 8 + 2**-9) & (right.abs().log2() % 1 > 0)
+    return {
+        f"{name} scales": distance(scales, expected_scales),
+        f"{name} rows": is_off.double().mean().item() + (wrong > right.abs() / 2 + 2**-9).double().mean().item(),
+    }
 
 
 def measure_steps(batch: int, lengths: tuple[int, ...], heads: int, width: int, dtype: torch.dtype) -> dict[str, float]:

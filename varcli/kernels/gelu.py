@@ -38,7 +38,7 @@ def linear_gelu(x: Tensor, weight_HC: Tensor, bias_H: Tensor) -> Tensor:
 def _biased_gelu(before: Tensor, bias: Tensor) -> Tensor:
     from varcli.kernels.gelu_triton import launch_forward
 
-    return launch_forward(before, bias)
+    return launch_forward(before, bias)[0]
 
 
 @_biased_gelu.register_kernel("cpu")
@@ -57,7 +57,7 @@ def _biased_gelu_shapes(before: Tensor, bias: Tensor) -> Tensor:
 def _biased_gelu_backward(grad: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     from varcli.kernels.gelu_triton import launch_backward
 
-    return launch_backward(grad, before, bias)
+    return launch_backward(grad, before, bias)[:2]
 
 
 @_biased_gelu_backward.register_kernel("cpu")

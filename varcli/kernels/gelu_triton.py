@@ -1,4 +1,7 @@
-"""Triton kernels of `varcli.kernels.gelu`; the backward one makes the bias's gradient on the way."""
+"""Triton kernels of `varcli.kernels.gelu`; the backward one makes the bias's gradient on the way.
+
+For `varcli.kernels.fp8_gelu` a program has whole rows, and stores them once more in FP8.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from varcli.kernels.fp8_triton import row_scale
+
 _COLUMNS = 1024  # of a program, 8 neighbouring ones a thread: 16 bytes of bfloat16
 _TILE_ROWS = 2  # at once, so that more loads are on their way
 _FORWARD_ROWS = 16  # of a program, which share a bias
 _BACKWARD_ROWS = 128  # of a program: the sums it leaves behind are then 1 % of what it reads
 _NUM_WARPS = 4
+_CHANNELS_A_WARP = 256  # where a program has whole rows, one at a time
 
 
 @triton.jit
 def _varcli_gelu_forward(
-    before_ptr, bias_ptr, result_ptr,
+    before_ptr, bias_ptr, result_ptr, rounded_ptr, scale_ptr,
     num_rows,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr,
+    ROUNDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first = tl.program_id(0) * ROWS  # the axis that may be long
@@ -30,14 +36,20 @@ def _varcli_gelu_forward(
         x = tl.load(before_ptr + at, mask=inside, other=0).to(tl.float32) + bias[None, :]
         # 0.5 * (1 + tanh(u)) is sigmoid(2 * u), and 1.59... is twice the root of 2 / pi
         result = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        tl.store(result_ptr + at, result.to(result_ptr.dtype.element_ty), mask=inside)
+        result = result.to(result_ptr.dtype.element_ty)
+        tl.store(result_ptr + at, result, mask=inside)
+        if ROUNDS:
+            result = tl.where(inside, result.to(tl.float32), 0.0)
+            scale = row_scale(tl.max(tl.abs(result), axis=1))
+            tl.store(scale_ptr + rows, scale, mask=rows < num_rows)
+            tl.store(rounded_ptr + at, (result / scale[:, None]).to(rounded_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _varcli_gelu_backward(
-    grad_ptr, before_ptr, bias_ptr, grad_before_ptr, sums_ptr,
+    grad_ptr, before_ptr, bias_ptr, grad_before_ptr, sums_ptr, rounded_ptr, scale_ptr,
     num_rows,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr,
+    ROUNDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first = tl.program_id(0) * ROWS  # the axis that may be long
@@ -53,53 +65,80 @@ def _varcli_gelu_backward(
         slope = 1.5957691216057308 * (1 + 0.134145 * x * x)
         grad = grad * (share + x * share * (1 - share) * slope)
         sums += grad
-        tl.store(grad_before_ptr + at, grad.to(grad_before_ptr.dtype.element_ty), mask=inside)
+        grad = grad.to(grad_before_ptr.dtype.element_ty)
+        tl.store(grad_before_ptr + at, grad, mask=inside)
+        if ROUNDS:
+            grad = tl.where(inside, grad.to(tl.float32), 0.0)
+            scale = row_scale(tl.max(tl.abs(grad), axis=1))
+            tl.store(scale_ptr + rows, scale, mask=rows < num_rows)
+            tl.store(rounded_ptr + at, (grad / scale[:, None]).to(rounded_ptr.dtype.element_ty), mask=inside)
     tl.store(sums_ptr + tl.program_id(0) * WIDTH + columns, tl.sum(sums, axis=0), mask=columns < WIDTH)
 
 
-def launch_forward(before: Tensor, bias_H: Tensor) -> Tensor:
-    """Return gelu(before + bias), (..., H)."""
+def launch_forward(before: Tensor, bias_H: Tensor, rounds: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return gelu(before + bias), (..., H); if it `rounds`, also its rows in FP8, (M, H), and their scales, (M, 1)."""
     before = before.contiguous()
     width = before.shape[-1]
     num_rows = before.numel() // width
     result = torch.empty_like(before)
-    block = min(_COLUMNS, triton.next_power_of_2(width))
+    rounded, scales = _room(before) if rounds else (None, None)
+    tile = _tile(width, rounds)
     with torch.cuda.device_of(before):
-        _varcli_gelu_forward[(triton.cdiv(num_rows, _FORWARD_ROWS), triton.cdiv(width, block))](
+        _varcli_gelu_forward[(triton.cdiv(num_rows, _FORWARD_ROWS), triton.cdiv(width, tile["BLOCK"]))](
             before,
             bias_H.contiguous(),
             result,
+            rounded,
+            scales,
             num_rows,
+            ROUNDS=rounds,
             WIDTH=width,
-            BLOCK=block,
-            TILE_ROWS=_TILE_ROWS,
             ROWS=_FORWARD_ROWS,
-            num_warps=_NUM_WARPS,
+            **tile,
         )
-    return result
+    return result, rounded, scales
 
 
-def launch_backward(grad: Tensor, before: Tensor, bias_H: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients to what came in, (..., H), and to the bias, float32 (H,)."""
+def launch_backward(
+    grad: Tensor, before: Tensor, bias_H: Tensor, rounds: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients to what came in, (..., H), and to the bias, float32 (H,); if it `rounds`, also the former's rows."""
     grad, before = grad.contiguous(), before.contiguous()
     width = before.shape[-1]
     num_rows = before.numel() // width
     grad_before = torch.empty_like(before)
+    rounded, scales = _room(before) if rounds else (None, None)
     chunks = triton.cdiv(num_rows, _BACKWARD_ROWS)
     sums = torch.empty(chunks, width, dtype=torch.float32, device=before.device)
-    block = min(_COLUMNS, triton.next_power_of_2(width))
+    tile = _tile(width, rounds)
     with torch.cuda.device_of(before):
-        _varcli_gelu_backward[(chunks, triton.cdiv(width, block))](
+        _varcli_gelu_backward[(chunks, triton.cdiv(width, tile["BLOCK"]))](
             grad,
             before,
             bias_H.contiguous(),
             grad_before,
             sums,
+            rounded,
+            scales,
             num_rows,
+            ROUNDS=rounds,
             WIDTH=width,
-            BLOCK=block,
-            TILE_ROWS=_TILE_ROWS,
             ROWS=_BACKWARD_ROWS,
-            num_warps=_NUM_WARPS,
+            **tile,
         )
-    return grad_before, sums.sum(dim=0)
+    return grad_before, sums.sum(dim=0), rounded, scales
+
+
+def _room(before: Tensor) -> tuple[Tensor, Tensor]:
+    """Where rows in FP8 and their scales will be."""
+    rows_MH = before.flatten(0, -2)
+    rounded = torch.empty_like(rows_MH, dtype=torch.float8_e4m3fn)
+    return rounded, torch.empty(len(rows_MH), 1, dtype=torch.float32, device=before.device)
+
+
+def _tile(width: int, rounds: bool) -> dict[str, int]:
+    """What a program works on at once: a part of two rows, or the whole of one."""
+    block = triton.next_power_of_2(width)
+    if not rounds:
+        return {"BLOCK": min(_COLUMNS, block), "TILE_ROWS": _TILE_ROWS, "num_warps": _NUM_WARPS}
+    return {"BLOCK": block, "TILE_ROWS": 1, "num_warps": min(32, max(1, block // _CHANNELS_A_WARP))}

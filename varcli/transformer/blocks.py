@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varcli.kernels.gelu import biased_gelu, linear_gelu
+from varcli.kernels.fp8_gelu import fp8_feed_forward
+from varcli.kernels.gelu import linear_gelu
 from varcli.kernels.norm import gated_norm, norm
 from varcli.transformer.attention import (
     BlockLinear,
@@ -153,9 +154,10 @@ class Block(nn.Module):
         x_BlC, normed_BlC = Stream(x_BlC, *branch, gamma1).enter(scale2, shift2, self.norm_eps)
         layers = self.feed_forward
         if is_in_fp8(layers.fc1):
-            y_BlH = biased_gelu(product(layers.fc1, normed_BlC), layers.fc1.bias)
-        else:
-            y_BlH = linear_gelu(normed_BlC, layers.fc1.weight, layers.fc1.bias)
+            inner = (layers.fc1.weight, layers.fc1.bias)
+            y_BlC = fp8_feed_forward(normed_BlC.to(torch.bfloat16), *inner, layers.fc2.weight)
+            return Stream(x_BlC, *_drop_out(layers.dropout, y_BlC, layers.fc2.bias), gamma2)
+        y_BlH = linear_gelu(normed_BlC, layers.fc1.weight, layers.fc1.bias)
         return Stream(x_BlC, *_last_product(layers.fc2, layers.dropout, y_BlH), gamma2)
 
 
@@ -164,6 +166,13 @@ def _last_product(layer: nn.Linear, dropout: nn.Dropout, x_BLC: Tensor) -> tuple
     if dropout.training and dropout.p > 0:
         return dropout(linear(layer, x_BLC)), None
     return product(layer, x_BLC), layer.bias
+
+
+def _drop_out(dropout: nn.Dropout, y_BLC: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return a branch and its bias as `_last_product` does, given the branch without it."""
+    if dropout.training and dropout.p > 0:
+        return dropout(y_BLC + bias_C.to(y_BLC.dtype)), None
+    return y_BLC, bias_C
 
 
 def _gates(gamma1_B1C: Tensor, gamma2_B1C: Tensor, branches_2B: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,94 @@
+"""The feed-forward layers of a block in FP8: what GELU and its gradient make is rounded on the way, in no pass of its own.
+
+On CUDA Triton computes what stands between the products, on a CPU the formulas of `varcli.kernels.gelu`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from varcli.kernels.fp8 import fp8_product, round_rows, scaled_product
+from varcli.kernels.gelu import biased_gelu
+
+
+def fp8_feed_forward(x: Tensor, weight1_HC: Tensor, bias1_H: Tensor, weight2_CH: Tensor) -> Tensor:
+    """Return gelu(x W1^T + bias) W2^T, (..., C) bfloat16, of x (..., C) bfloat16, with products as `fp8_product` takes them.
+
+    The gradients to weights and bias have the dtype of these.
+    """
+    y_MC = _FeedForward.apply(x.flatten(0, -2), weight1_HC, bias1_H, weight2_CH)
+    return y_MC.unflatten(0, x.shape[:-1])
+
+
+def fp8_feed_forward_reference(x: Tensor, weight1_HC: Tensor, bias1_H: Tensor, weight2_CH: Tensor) -> Tensor:
+    """`fp8_feed_forward` step by step."""
+    return fp8_product(biased_gelu(fp8_product(x, weight1_HC), bias1_H), weight2_CH)
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight1, bias1, weight2):
+        before = scaled_product(*round_rows(x), *round_rows(weight1))
+        hidden, *rows = torch.ops.varcli.gelu_rows(before, bias1)
+        ctx.save_for_backward(x, weight1, bias1, weight2, before, hidden)
+        return scaled_product(*rows, *round_rows(weight2))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight1, bias1, weight2, before, hidden = ctx.saved_tensors
+        grad_hidden = scaled_product(*round_rows(grad), *round_rows(weight2.t()))
+        grad_weight2 = (grad.t() @ hidden).to(weight2.dtype)
+        grad_before, grad_bias1, *rows = torch.ops.varcli.gelu_rows_backward(grad_hidden, before, bias1)
+        grad_x = scaled_product(*rows, *round_rows(weight1.t()))
+        grad_weight1 = (grad_before.t() @ x).to(weight1.dtype)
+        return grad_x, grad_weight1, grad_bias1.to(bias1.dtype), grad_weight2
+
+
+# -- the operators: Triton on CUDA, these formulas on a CPU -----------------------------------------------------------
+
+
+@torch.library.custom_op("varcli::gelu_rows", mutates_args=(), device_types="cuda")
+def _gelu_rows(before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from varcli.kernels.gelu_triton import launch_forward
+
+    return launch_forward(before, bias, rounds=True)
+
+
+@_gelu_rows.register_kernel("cpu")
+def _gelu_rows_cpu(before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    result = biased_gelu(before, bias)
+    return result, *round_rows(result)
+
+
+@_gelu_rows.register_fake
+def _gelu_rows_shapes(before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _dense_like(before), *_rows_like(before)
+
+
+@torch.library.custom_op("varcli::gelu_rows_backward", mutates_args=(), device_types="cuda")
+def _gelu_rows_backward(grad: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from varcli.kernels.gelu_triton import launch_backward
+
+    return launch_backward(grad, before, bias, rounds=True)
+
+
+@_gelu_rows_backward.register_kernel("cpu")
+def _gelu_rows_backward_cpu(grad: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_before, grad_bias = torch.ops.varcli.biased_gelu_backward(grad, before, bias)
+    return grad_before, grad_bias, *round_rows(grad_before)
+
+
+@_gelu_rows_backward.register_fake
+def _gelu_rows_backward_shapes(grad: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_bias = before.new_empty(before.shape[-1], dtype=torch.float32)
+    return _dense_like(before), grad_bias, *_rows_like(before)
+
+
+def _dense_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _rows_like(before_MH: Tensor) -> tuple[Tensor, Tensor]:
+    rounded = before_MH.new_empty(before_MH.shape, dtype=torch.float8_e4m3fn)
+    return rounded, before_MH.new_empty((before_MH.shape[0], 1), dtype=torch.float32)
