@@ -15,7 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 
-from varcli.kernels import gelu_triton, norm, norm_triton, qk, qk_triton
+from varcli.kernels import gelu_triton, group_norm_triton, norm, norm_triton, qk, qk_triton
 from varcli.kernels.fp8 import round_rows
 
 CAP = math.log(100)
@@ -119,6 +119,32 @@ def measure_steps(batch: int, lengths: tuple[int, ...], heads: int, width: int, 
     return result
 
 
+def measure_group_norm(batch: int, length: int, width: int, dtype: torch.dtype) -> dict[str, float]:
+    """The passes of `group_norm`: sums of tokens with and without a bias, of a residual, and the normalised values."""
+    tokens, branch = torch.randn(2, batch, length, width).to(dtype)
+    bias, scale, shift = torch.randn(width), *torch.randn(2, batch, width)
+    out, summed = group_norm_triton.launch_residual(tokens, branch, bias)
+    alone, alone_summed = group_norm_triton.launch_residual(tokens, None, bias)
+    biased = tokens.double() + bias.double()
+    pairs = {"out": (out, biased + branch.double()), "alone": (alone, biased)}
+    phases = torch.randn(batch, 13 * 11, 4 * width).to(dtype)
+    doubled, doubled_summed = group_norm_triton.launch_phases(phases, bias, 12, 10)
+    pairs["doubled"] = (doubled, torch.ops.varcli.interleave_phases(phases.double(), bias.double(), 12, 10)[0])
+    for name, found, values in (
+        ("plain", group_norm_triton.launch_sums(tokens, None), tokens.double()),
+        ("biased", group_norm_triton.launch_sums(tokens, bias), biased),
+        ("residual", summed, out.double()),  # as it is rounded
+        ("stored", alone_summed, alone.double()),
+        ("phases", doubled_summed, doubled.double()),
+    ):
+        pairs |= {f"{name} sums": (found[:, :, 0].sum(1), values.sum(1))}
+        pairs |= {f"{name} squares": (found[:, :, 1].sum(1), values.square().sum(1))}
+    wide = tokens.double() * scale.double().unsqueeze(1) + shift.double().unsqueeze(1)
+    pairs["scaled"] = (group_norm_triton.launch_scale(tokens, scale, shift, False), wide)
+    pairs["silu"] = (group_norm_triton.launch_scale(tokens, scale, shift, True), torch.nn.functional.silu(wide))
+    return {name: distance(*pair) for name, pair in pairs.items()}
+
+
 def main() -> None:
     """Measure all shapes: odd lengths, several chunks of rows, widths that are no power of two."""
     torch.manual_seed(0)
@@ -132,6 +158,8 @@ def main() -> None:
             results[f"{dtype} steps {shape}"] = measure_steps(*shape, dtype)
         for shape in ((7, 96), (131, 40), (3, 1100))[:few]:
             results[f"{dtype} gelu {shape}"] = measure_gelu(*shape, dtype)
+        for shape in ((2, 289, 40), (1, 7, 160), (1, 600, 3))[:few]:
+            results[f"{dtype} group norm {shape}"] = measure_group_norm(*shape, dtype)
     print(json.dumps(results))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from varcli.kernels.group_norm import channel_moments
 from varcli.tokenizer import VQVAE, TokenizerConfig
-from varcli.tokenizer.autoencoder import GroupNorm
+from varcli.tokenizer.autoencoder import GroupNorm, ResBlock
 
 
 def gradients(tokenizer: VQVAE, checkpointing: bool) -> tuple[list[torch.Tensor], int]:
@@ -62,6 +63,52 @@ def test_a_constant_map_is_normalised_to_the_bias_by_either_way():
     norm = GroupNorm(64, TokenizerConfig())
     constant = torch.full((1, 64, 4, 4), 300.0)
     assert norm.channelwise_forward(constant).abs().max() < 1e-2 and norm(constant).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("channels_in", [16, 24])
+def test_a_fused_block_is_the_same_function_and_knows_its_moments(channels_in):
+    torch.manual_seed(0)
+    block = randomized(ResBlock(channels_in, 16, TokenizerConfig(width=8, norm_groups=4)))
+    maps = torch.randn(2, channels_in, 20, 15).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        result, moments_2BC = block.fused_forward(maps, channel_moments(maps))
+        torch.testing.assert_close(result, block(maps), rtol=1e-4, atol=1e-4)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(moments_2BC, channel_moments(result), rtol=1e-4, atol=1e-4)
+
+
+def test_the_fused_encoder_and_decoder_are_the_same_functions(tiny_tokenizer):
+    torch.manual_seed(0)
+    side = tiny_tokenizer.config.image_size
+    images = torch.rand(2, 3, side, side) * 2 - 1
+    encoder, decoder = randomized(tiny_tokenizer.encoder).eval(), randomized(tiny_tokenizer.decoder).eval()
+    with torch.no_grad():
+        features = encoder(images)
+        torch.testing.assert_close(encoder.fused_forward(images), features, rtol=1e-4, atol=1e-4)
+        fused = decoder.conv_out(decoder.fused_blocks(features))
+        torch.testing.assert_close(fused, decoder(features), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fused_block_in_half_precision_is_as_near_as_a_plain_one():
+    torch.manual_seed(0)
+    block = randomized(ResBlock(32, 32, TokenizerConfig(width=8, norm_groups=4)))
+    maps = torch.randn(2, 32, 16, 16).bfloat16()
+    with torch.no_grad():
+        exact = block.double()(maps.double())
+        block.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            plain, (fused, _) = block(maps), block.fused_forward(maps, channel_moments(maps))
+    assert fused.dtype == torch.bfloat16
+    assert (fused.double() - exact).norm() < 1.1 * (plain.double() - exact).norm()
+
+
+def randomized(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with norms and biases that are not at their start."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim == 1:
+                parameter.normal_()
+    return module
 
 
 @pytest.mark.gpu

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from varcli.tokenizer.convolutions import ImageConv2d, Upsample
+from varcli.kernels.group_norm import channel_moments
+from varcli.tokenizer.convolutions import Downsample, ImageConv2d, Upsample
 
 
 def assert_the_same(plain: torch.Tensor, other: torch.Tensor, wanted: list[torch.Tensor], **tolerance: float) -> None:
@@ -62,19 +63,29 @@ def test_half_precision_by_taps_is_as_near_as_a_rounded_result(dtype):
 @pytest.mark.parametrize("side", [(4, 5), (1, 1), (2, 3)])
 def test_upsampling_by_phases_is_the_convolution_of_the_doubled_map(side, layout):
     torch.manual_seed(0)
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
-        upsample = Upsample(6).to(dtype)
-        maps = torch.randn(2, 6, *side, dtype=dtype).to(memory_format=layout).requires_grad_()
-        plain, by_phases = upsample(maps), upsample.phasewise_forward(maps)
-        assert_the_same(plain, by_phases, [maps, *upsample.parameters()], rtol=tolerance, atol=tolerance)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        upsample = Upsample(6).to(dtype).requires_grad_(False)
+        maps = torch.randn(2, 6, *side, dtype=dtype).to(memory_format=layout)
+        found, moments_2BC = upsample.fused_forward(maps)
+        torch.testing.assert_close(found, upsample(maps), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(moments_2BC, channel_moments(found), rtol=tolerance, atol=tolerance)
 
 
 def test_the_rounded_weights_of_phases_cost_no_more_than_rounded_weights():
     torch.manual_seed(0)
     upsample = Upsample(32).requires_grad_(False)
-    upsample.conv.bias.zero_()  # torch.compile alone adds it before the result is rounded
+    upsample.conv.bias.zero_()  # on a CPU a convolution adds its own before it rounds
     maps = torch.randn(2, 32, 16, 16).bfloat16()
     exact = copy.deepcopy(upsample).double()(maps.double())
     with torch.autocast("cpu", torch.bfloat16):
-        plain, by_phases = upsample(maps), upsample.phasewise_forward(maps)
+        plain, (by_phases, _) = upsample(maps), upsample.fused_forward(maps)
     assert (by_phases.double() - exact).norm() < 1.1 * (plain.double() - exact).norm()
+
+
+def test_fused_downsampling_is_the_same_function_and_knows_its_moments():
+    torch.manual_seed(0)
+    downsample = Downsample(6).requires_grad_(False)
+    maps = torch.randn(2, 6, 8, 12)
+    found, moments_2BC = downsample.fused_forward(maps)
+    torch.testing.assert_close(found, downsample(maps))
+    torch.testing.assert_close(moments_2BC, channel_moments(found))

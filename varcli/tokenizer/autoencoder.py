@@ -1,5 +1,9 @@
 """The convolutional encoder and decoder around the quantizer.
 
+Blocks compute one function in two ways. `forward` is the formula. `fused_forward`, for half precision on CUDA without gradients
+and under torch.compile, takes and returns maps together with their moments, those of `varcli.kernels.group_norm`: whatever
+stores a map for the last time, with biases and residuals added, leaves them to the norm that comes next.
+
 Source: the VQGAN autoencoder (arXiv:2012.09841) in the sizes of VAR (arXiv:2404.02905).
 """
 
@@ -10,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from varcli.kernels.group_norm import add_residual, channel_moments, scale_and_shift
 from varcli.tokenizer.base import TokenizerConfig
 from varcli.tokenizer.convolutions import Downsample, ImageConv2d, Upsample, conv3x3, is_half
 
@@ -32,12 +37,35 @@ class GroupNorm(nn.GroupNorm):
         last; torch's own operator turns the data around before and after.
         """
         x_float = x.float()
-        moments = torch.stack([x_float.mean(dim=(2, 3)), x_float.square().mean(dim=(2, 3))])
-        mean, square = moments.unflatten(2, (self.num_groups, -1)).mean(dim=3, keepdim=True)  # (B, groups, 1) each
+        scale_BC, shift_BC = self._factors(torch.stack([x_float.mean(dim=(2, 3)), x_float.square().mean(dim=(2, 3))]))
+        return (x_float * scale_BC[:, :, None, None] + shift_BC[:, :, None, None]).to(x.dtype)
+
+    def fused_forward(
+        self, x: Tensor, moments_2BC: Tensor, bias_C: Tensor | None = None, is_activated: bool = True
+    ) -> Tensor:
+        """Normalise x + bias, whose moments these are, then SiLU if wanted, in one pass."""
+        scale_BC, shift_BC = self._factors(moments_2BC)
+        shift_BC = shift_BC if bias_C is None else shift_BC + scale_BC * bias_C
+        return scale_and_shift(x, scale_BC, shift_BC, is_activated)
+
+    def _factors(self, moments_2BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift (B, C) that normalise maps with these moments."""
+        mean, square = moments_2BC.unflatten(2, (self.num_groups, -1)).mean(dim=3, keepdim=True)  # (B, groups, 1) each
         factor = torch.rsqrt((square - mean.square()).clamp(min=0) + self.eps)
         scale_BC = (factor * self.weight.view(self.num_groups, -1)).flatten(1)
-        shift_BC = self.bias - (mean * factor * self.weight.view(self.num_groups, -1)).flatten(1)
-        return (x_float * scale_BC[:, :, None, None] + shift_BC[:, :, None, None]).to(x.dtype)
+        return scale_BC, self.bias - (mean * factor * self.weight.view(self.num_groups, -1)).flatten(1)
+
+
+def _is_fused(x: Tensor) -> bool:
+    """Whether blocks go the fused way.
+
+    Left to itself, torch.compile computes a norm's factors, and sums of residuals, anew for every value that needs them.
+    """
+    return x.is_cuda and is_half(x) and torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
+def _without_bias(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    return F.conv2d(x, convolution.weight, padding=convolution.padding)
 
 
 class ResBlock(nn.Module):
@@ -58,6 +86,15 @@ class ResBlock(nn.Module):
         y = self.conv2(self.dropout(F.silu(self.norm2(y))))
         return self.shortcut(x) + y
 
+    def fused_forward(self, x: Tensor, moments_2BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the block to maps with these moments; return the result and its moments."""
+        y = _without_bias(self.conv1, self.norm1.fused_forward(x, moments_2BC))
+        y = self.norm2.fused_forward(y, channel_moments(y, self.conv1.bias), self.conv1.bias)
+        y, bias_C = _without_bias(self.conv2, self.dropout(y)), self.conv2.bias
+        if isinstance(self.shortcut, nn.Conv2d):
+            x, bias_C = _without_bias(self.shortcut, x), bias_C + self.shortcut.bias
+        return add_residual(x, y, bias_C)
+
 
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all positions of a map, with a residual path."""
@@ -70,11 +107,18 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block; the softmax scale is 1 / sqrt(channels)."""
-        batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, hw, 3C), channel order q | k | v
+        return x + self.proj_out(self._attend(self.norm(x)))
+
+    def fused_forward(self, x: Tensor, moments_2BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the block to maps with these moments; return the result and its moments."""
+        y = self._attend(self.norm.fused_forward(x, moments_2BC, is_activated=False))
+        return add_residual(x, _without_bias(self.proj_out, y), self.proj_out.bias)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).flatten(2).transpose(1, 2)  # (B, hw, 3C), channel order q | k | v
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        return x + self.proj_out(y.transpose(1, 2).reshape(batch, channels, height, width))
+        return y.transpose(1, 2).reshape(x.shape)
 
 
 class Level(nn.Module):
@@ -105,6 +149,14 @@ class Level(nn.Module):
                 x = self.attentions[index](x)
         return self.resample(x)
 
+    def fused_forward(self, x: Tensor, moments_2BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the level to maps with these moments; return the result and its moments."""
+        for index, block in enumerate(self.blocks):
+            x, moments_2BC = block.fused_forward(x, moments_2BC)
+            if len(self.attentions):
+                x, moments_2BC = self.attentions[index].fused_forward(x, moments_2BC)
+        return (x, moments_2BC) if isinstance(self.resample, nn.Identity) else self.resample.fused_forward(x)
+
 
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
@@ -118,6 +170,12 @@ class Middle(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the three blocks."""
         return self.block_2(self.attention(self.block_1(x)))
+
+    def fused_forward(self, x: Tensor, moments_2BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply them to maps with these moments; return the result and its moments."""
+        for part in (self.block_1, self.attention, self.block_2):
+            x, moments_2BC = part.fused_forward(x, moments_2BC)
+        return x, moments_2BC
 
 
 class Encoder(nn.Module):
@@ -143,10 +201,21 @@ class Encoder(nn.Module):
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Encode images in [-1, 1]."""
+        if _is_fused(images_B3HW):
+            return self.fused_forward(images_B3HW)
         x = self.conv_in(images_B3HW)
         for level in self.levels:
             x = _run_level(level, x, self.checkpointing)
         return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+
+    def fused_forward(self, images_B3HW: Tensor) -> Tensor:
+        """Encode images, in the fused way."""
+        x, moments_2BC = add_residual(
+            self.conv_in.padded_forward(images_B3HW, with_bias=False), None, self.conv_in.bias
+        )
+        for part in (*self.levels, self.middle):
+            x, moments_2BC = part.fused_forward(x, moments_2BC)
+        return self.conv_out(self.norm_out.fused_forward(x, moments_2BC))
 
 
 class Decoder(nn.Module):
@@ -172,10 +241,19 @@ class Decoder(nn.Module):
 
     def forward(self, f_BZhw: Tensor) -> Tensor:
         """Decode to images, not clamped."""
+        if _is_fused(f_BZhw):
+            return self.conv_out(self.fused_blocks(f_BZhw))
         x = self.middle(self.conv_in(f_BZhw))
         for level in reversed(self.levels):
             x = _run_level(level, x, self.checkpointing)
         return self.conv_out(F.silu(self.norm_out(x)))
+
+    def fused_blocks(self, f_BZhw: Tensor) -> Tensor:
+        """All but the last convolution, in the fused way."""
+        x, moments_2BC = add_residual(_without_bias(self.conv_in, f_BZhw), None, self.conv_in.bias)
+        for part in (self.middle, *reversed(self.levels)):
+            x, moments_2BC = part.fused_forward(x, moments_2BC)
+        return self.norm_out.fused_forward(x, moments_2BC)
 
 
 def _run_level(level: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varcli.kernels.group_norm import add_residual, interleave_phases
+
 _CHANNEL_MULTIPLE = 8  # of half-precision convolutions and products on tensor cores
 
 
@@ -36,11 +38,12 @@ class ImageConv2d(nn.Conv2d):
             return super().forward(x)
         return self.tapwise_forward(x) if self.out_channels < self.in_channels else self.padded_forward(x)
 
-    def padded_forward(self, x: Tensor) -> Tensor:
-        """Compute the same with more channels."""
+    def padded_forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """Compute the same with more channels, or all but the bias."""
         more_in, more_out = -self.in_channels % _CHANNEL_MULTIPLE, -self.out_channels % _CHANNEL_MULTIPLE
         weight = F.pad(self.weight, (0, 0, 0, 0, 0, more_in, 0, more_out))
-        y = F.conv2d(F.pad(x, (0, 0, 0, 0, 0, more_in)), weight, F.pad(self.bias, (0, more_out)), padding=1)
+        bias = F.pad(self.bias, (0, more_out)) if with_bias else None
+        y = F.conv2d(F.pad(x, (0, 0, 0, 0, 0, more_in)), weight, bias, padding=1)
         return y[:, : self.out_channels]
 
     def tapwise_forward(self, x: Tensor) -> Tensor:
@@ -73,6 +76,11 @@ class Downsample(nn.Module):
         """(B, C, h, w) -> (B, C, h/2, w/2)."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
+    def fused_forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the same, and its moments."""
+        y = F.conv2d(F.pad(x, (0, 1, 0, 1)), self.conv.weight, stride=2)
+        return add_residual(y, None, self.conv.bias)
+
 
 class Upsample(nn.Module):
     """Double the side: nearest neighbour, then a 3x3 convolution."""
@@ -83,24 +91,17 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, 2h, 2w)."""
-        if x.is_cuda and is_half(x) and torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            return self.phasewise_forward(x)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-    def phasewise_forward(self, x: Tensor) -> Tensor:
-        """Compute the same from `x` as it is, with 4/9 of the products.
+    def fused_forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the same from `x` as it is, with 4/9 of the products, and its moments.
 
         The three rows that a pixel sees are two of `x`: an even row sees the one before and its own, an odd one its own and
         the one after. So the even and odd rows and columns are four convolutions of 2x2 taps, in which the weights of taps
-        that fall on one pixel are added up. They are computed as one, in all places where its taps touch `x`.
+        that fall on one pixel are added up. They are computed as one, in all places where its taps touch `x`; odd rows and
+        columns begin one place later there than even ones.
         """
-        channels, height, width = x.shape[1:]
-        y = F.conv2d(x, self._weight_of_phases(), padding=1).unflatten(1, (2, 2, channels))
-        # odd rows begin one place later than even ones, and columns too: window 1 belongs to phase 1
-        windows = y.unfold(4, height, 1).unfold(5, width, 1)  # (B, row phase, column phase, C, 2, 2, h, w)
-        phases = windows.diagonal(dim1=1, dim2=4).diagonal(dim1=1, dim2=3)  # (B, C, h, w, row phase, column phase)
-        y = phases.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2) + self.conv.bias.to(y.dtype)
-        return y.permute(0, 3, 1, 2)  # channels last
+        return interleave_phases(F.conv2d(x, self._weight_of_phases(), padding=1), self.conv.bias)
 
     def _weight_of_phases(self) -> Tensor:
         """The weights (4 * out, in, 2, 2) by row phase, column phase and output; float32 sums, rounded once.
