@@ -42,6 +42,18 @@ def test_a_convolution_is_the_sum_of_its_shifted_taps(side, layout):
         assert_the_same(plain, by_taps, [maps, *convolution.parameters()], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("side", [(9, 7), (1, 1), (2, 3)])
+def test_a_convolution_is_a_product_of_what_each_pixel_sees(side, layout):
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        convolution = ImageConv2d(3, 20).to(dtype)
+        images = torch.randn(2, 3, *side, dtype=dtype).to(memory_format=layout).requires_grad_()
+        plain, gathered = convolution(images), convolution.gathered_forward(images)
+        assert gathered.is_contiguous(memory_format=torch.channels_last)
+        assert_the_same(plain, gathered, [images, *convolution.parameters()], rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_by_taps_is_as_near_as_a_rounded_result(dtype):
     torch.manual_seed(0)

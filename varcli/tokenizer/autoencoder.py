@@ -210,9 +210,8 @@ class Encoder(nn.Module):
 
     def fused_forward(self, images_B3HW: Tensor) -> Tensor:
         """Encode images, in the fused way."""
-        x, moments_2BC = add_residual(
-            self.conv_in.padded_forward(images_B3HW, with_bias=False), None, self.conv_in.bias
-        )
+        x = self.conv_in.gathered_forward(images_B3HW)
+        moments_2BC = channel_moments(x)
         for part in (*self.levels, self.middle):
             x, moments_2BC = part.fused_forward(x, moments_2BC)
         return self.conv_out(self.norm_out.fused_forward(x, moments_2BC))

@@ -38,13 +38,18 @@ class ImageConv2d(nn.Conv2d):
             return super().forward(x)
         return self.tapwise_forward(x) if self.out_channels < self.in_channels else self.padded_forward(x)
 
-    def padded_forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
-        """Compute the same with more channels, or all but the bias."""
+    def padded_forward(self, x: Tensor) -> Tensor:
+        """Compute the same with more channels."""
         more_in, more_out = -self.in_channels % _CHANNEL_MULTIPLE, -self.out_channels % _CHANNEL_MULTIPLE
         weight = F.pad(self.weight, (0, 0, 0, 0, 0, more_in, 0, more_out))
-        bias = F.pad(self.bias, (0, more_out)) if with_bias else None
-        y = F.conv2d(F.pad(x, (0, 0, 0, 0, 0, more_in)), weight, bias, padding=1)
+        y = F.conv2d(F.pad(x, (0, 0, 0, 0, 0, more_in)), weight, F.pad(self.bias, (0, more_out)), padding=1)
         return y[:, : self.out_channels]
+
+    def gathered_forward(self, x: Tensor) -> Tensor:
+        """Compute the same as one matrix product of what each pixel sees: worth its copies where few channels come in."""
+        seen = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 1, 4, 5).flatten(3)
+        more = -seen.shape[3] % _CHANNEL_MULTIPLE
+        return F.linear(F.pad(seen, (0, more)), F.pad(self.weight.flatten(1), (0, more)), self.bias).permute(0, 3, 1, 2)
 
     def tapwise_forward(self, x: Tensor) -> Tensor:
         """Compute the same as one matrix product, that reads `x` once, and a sum of its nine parts, each shifted.
