@@ -30,7 +30,8 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 def measure_norm(batch: int, length: int, width: int, given: int, dtype: torch.dtype) -> dict[str, float]:
     """Forward and backward of a modulated norm: alone, with a branch and its gate, or also with its bias.
 
-    given: 0, 1 or 2 of these. The vectors are strided parts of one modulation, as in a block.
+    given: 0, 1 or 2 of these; with all, the norm's rows are rounded to FP8 too. The vectors are strided parts of one
+    modulation, as in a block.
     """
     stream, branch, grad_out, grad_normed = (torch.randn(batch, length, width).to(dtype) for _ in range(4))
     gate, scale, shift = torch.randn(batch, 1, 6, width).to(dtype).unbind(2)[::2]
@@ -44,7 +45,9 @@ def measure_norm(batch: int, length: int, width: int, given: int, dtype: torch.d
         out, normed = wide[0], norm.norm_reference(wide[0], *wide[4:], 1e-6)
         normed.backward(grad_normed.double())
     branches = (branch if given else None, bias if given == 2 else None, gate if given else None)
-    found_out, found, mean, inverse = norm_triton.launch_forward(stream, *branches, scale, shift, 1e-6)
+    rows = torch.empty(batch * length, width, dtype=torch.float8_e4m3fn), torch.empty(batch * length, 1)
+    launched = norm_triton.launch_forward(stream, *branches, scale, shift, 1e-6, *(rows if given == 2 else ()))
+    found_out, found, mean, inverse = launched
     grads = norm_triton.launch_backward(
         grad_normed, grad_out if given else None, found_out, *branches, scale, mean, inverse
     )
@@ -54,7 +57,8 @@ def measure_norm(batch: int, length: int, width: int, given: int, dtype: torch.d
         pairs |= {"branch": (grads[1], wide[1].grad), "gate": (grads[2][:, 2], wide[3].grad[:, 0])}
     if given == 2:
         pairs["bias"] = (grads[2][:, 3].sum(dim=0), wide[2].grad)
-    return {name: distance(*pair) for name, pair in pairs.items()}
+    rounded = measure_rows("normed", found.flatten(0, 1), *rows) if given == 2 else {}
+    return {name: distance(*pair) for name, pair in pairs.items()} | rounded
 
 
 def measure_gelu(num_rows: int, width: int, dtype: torch.dtype) -> dict[str, float]:

@@ -8,6 +8,8 @@ of a row's rounding. On a CPU the same rounded numbers are multiplied in float32
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,14 @@ _LARGEST = torch.finfo(_FP8).max
 _SMALLEST_ROW = 1e-30  # a row whose largest entry is less is rounded as if that were it; a zero row stays zero
 _OLDEST_GPU = (8, 9)  # compute capability
 _MULTIPLE = 16  # of sizes of a product
+
+
+class Rounded(NamedTuple):
+    """Features, and their rows as `round_rows` gives them, where what made the features made these on its way."""
+
+    whole: Tensor  # (..., K) bfloat16
+    rows_MK: Tensor  # FP8
+    scales_M1: Tensor
 
 
 def require_fp8(device: torch.device, dtype: torch.dtype, *widths: int) -> None:
@@ -38,13 +48,22 @@ def require_fp8(device: torch.device, dtype: torch.dtype, *widths: int) -> None:
         raise ConfigError(f"fp8 needs layers whose widths are multiples of {_MULTIPLE}, but they are {sizes}")
 
 
-def fp8_product(x: Tensor, weight_NK: Tensor) -> Tensor:
-    """Return x W^T, (..., N) bfloat16, of x (..., K) bfloat16, both rounded to FP8; so is the gradient to x.
+def fp8_product(x: Tensor | Rounded, weight_NK: Tensor) -> Tensor:
+    """Return x W^T, (..., N) bfloat16, of x (..., K), both rounded to FP8; so is the gradient to the result, for that to x.
 
     weight_NK: bfloat16 or float32; its gradient, of the same dtype, is the bfloat16 product of what was not rounded.
     Source: rowwise scaling with the weights' gradients in high precision, as in torchao's float8 training.
     """
-    return _Product.apply(x.flatten(0, -2), weight_NK).unflatten(0, x.shape[:-1])
+    x, *rows = with_rows(x)
+    return _Product.apply(x.flatten(0, -2), *rows, weight_NK).unflatten(0, x.shape[:-1])
+
+
+def with_rows(x: Tensor | Rounded) -> Rounded:
+    """Return features (..., K) in bfloat16 with their rows, which are made here if they are not there yet."""
+    if isinstance(x, Rounded):
+        return x
+    x = x.to(torch.bfloat16)
+    return Rounded(x, *round_rows(x.detach().flatten(0, -2)))
 
 
 def round_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,9 +87,9 @@ def scaled_product(a_MK: Tensor, a_scale_M1: Tensor, b_NK: Tensor, b_scale_N1: T
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_MK, weight_NK):
+    def forward(ctx, x_MK, rows_MK, scales_M1, weight_NK):
         ctx.save_for_backward(x_MK, weight_NK)
-        return scaled_product(*round_rows(x_MK), *round_rows(weight_NK))
+        return scaled_product(rows_MK, scales_M1, *round_rows(weight_NK))
 
     @staticmethod
     def backward(ctx, grad_MN):
@@ -78,6 +97,6 @@ class _Product(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = scaled_product(*round_rows(grad_MN), *round_rows(weight_NK.t()))
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[3]:
             grad_weight = (grad_MN.t() @ x_MK).to(weight_NK.dtype)
-        return grad_x, grad_weight
+        return grad_x, None, None, grad_weight

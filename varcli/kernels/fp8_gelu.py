@@ -8,31 +8,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varcli.kernels.fp8 import fp8_product, round_rows, scaled_product
+from varcli.kernels.fp8 import Rounded, fp8_product, round_rows, scaled_product, with_rows
 from varcli.kernels.gelu import biased_gelu
 
 
-def fp8_feed_forward(x: Tensor, weight1_HC: Tensor, bias1_H: Tensor, weight2_CH: Tensor) -> Tensor:
-    """Return gelu(x W1^T + bias) W2^T, (..., C) bfloat16, of x (..., C) bfloat16, with products as `fp8_product` takes them.
+def fp8_feed_forward(x: Tensor | Rounded, weight1_HC: Tensor, bias1_H: Tensor, weight2_CH: Tensor) -> Tensor:
+    """Return gelu(x W1^T + bias) W2^T, (..., C) bfloat16, of x (..., C), with products as `fp8_product` takes them.
 
     The gradients to weights and bias have the dtype of these.
     """
-    y_MC = _FeedForward.apply(x.flatten(0, -2), weight1_HC, bias1_H, weight2_CH)
+    x, *rows = with_rows(x)
+    y_MC = _FeedForward.apply(x.flatten(0, -2), *rows, weight1_HC, bias1_H, weight2_CH)
     return y_MC.unflatten(0, x.shape[:-1])
 
 
-def fp8_feed_forward_reference(x: Tensor, weight1_HC: Tensor, bias1_H: Tensor, weight2_CH: Tensor) -> Tensor:
+def fp8_feed_forward_reference(x: Tensor | Rounded, weight1_HC: Tensor, bias1_H: Tensor, weight2_CH: Tensor) -> Tensor:
     """`fp8_feed_forward` step by step."""
     return fp8_product(biased_gelu(fp8_product(x, weight1_HC), bias1_H), weight2_CH)
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight1, bias1, weight2):
-        before = scaled_product(*round_rows(x), *round_rows(weight1))
-        hidden, *rows = torch.ops.varcli.gelu_rows(before, bias1)
+    def forward(ctx, x, rows, scales, weight1, bias1, weight2):
+        before = scaled_product(rows, scales, *round_rows(weight1))
+        hidden, *hidden_rows = torch.ops.varcli.gelu_rows(before, bias1)
         ctx.save_for_backward(x, weight1, bias1, weight2, before, hidden)
-        return scaled_product(*rows, *round_rows(weight2))
+        return scaled_product(*hidden_rows, *round_rows(weight2))
 
     @staticmethod
     def backward(ctx, grad):
@@ -42,7 +43,7 @@ class _FeedForward(torch.autograd.Function):
         grad_before, grad_bias1, *rows = torch.ops.varcli.gelu_rows_backward(grad_hidden, before, bias1)
         grad_x = scaled_product(*rows, *round_rows(weight1.t()))
         grad_weight1 = (grad_before.t() @ x).to(weight1.dtype)
-        return grad_x, grad_weight1, grad_bias1.to(bias1.dtype), grad_weight2
+        return grad_x, None, None, grad_weight1, grad_bias1.to(bias1.dtype), grad_weight2
 
 
 # -- the operators: Triton on CUDA, these formulas on a CPU -----------------------------------------------------------

@@ -239,14 +239,16 @@ def _differentiate_norm(ctx, grad_normed, *_):
     return grad_stream, grad_scale, grad_shift, None
 
 
-def _keep_gated_norm(ctx, inputs, output) -> None:
+def keep_gated_norm(ctx, inputs, output) -> None:
+    """Keep what `differentiate_gated_norm` needs; the inputs are `gated_norm`'s, the first four outputs its operator's."""
     _, branch, bias, gate, scale, shift, _ = inputs
-    out, _, mean, inverse = output
+    out, _, mean, inverse = output[:4]
     ctx.save_for_backward(out, branch, bias, gate, scale, mean, inverse)
     ctx.dtypes = scale.dtype, shift.dtype, gate.dtype
 
 
-def _differentiate_gated_norm(ctx, grad_out, grad_normed, *_):
+def differentiate_gated_norm(ctx, grad_out, grad_normed, *_):
+    """Return the gradients to the inputs of `gated_norm`."""
     grad_stream, grad_branch, sums = torch.ops.varcli.gated_norm_backward(grad_normed, grad_out, *ctx.saved_tensors)
     grad_scale, grad_shift, grad_gate = (part.to(dtype) for part, dtype in zip(sums[:, :3].split(1, 1), ctx.dtypes))
     bias = ctx.saved_tensors[2]
@@ -255,4 +257,4 @@ def _differentiate_gated_norm(ctx, grad_out, grad_normed, *_):
 
 
 _norm.register_autograd(_differentiate_norm, setup_context=_keep_norm)
-_gated_norm.register_autograd(_differentiate_gated_norm, setup_context=_keep_gated_norm)
+_gated_norm.register_autograd(differentiate_gated_norm, setup_context=keep_gated_norm)

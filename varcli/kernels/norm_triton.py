@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from varcli.kernels.fp8_triton import row_scale
+
 _FORWARD_ROWS = 8  # a program: few, as nothing but the three vectors is shared by them
 _FEW_ROWS = 8192  # of all samples: fewer are spread over the device one a program, for the shortest time
 _BACKWARD_ROWS = 64  # a program: the sums it leaves behind are then 2 % of what it reads
@@ -19,9 +21,11 @@ _CHANNELS_A_WARP = 256  # 8 a thread
 
 @triton.jit
 def _varcli_norm_forward(
-    stream_ptr, branch_ptr, bias_ptr, gate_ptr, scale_ptr, shift_ptr, out_ptr, normed_ptr, mean_ptr, inverse_ptr,
+    stream_ptr, branch_ptr, bias_ptr, gate_ptr, scale_ptr, shift_ptr,
+    out_ptr, normed_ptr, mean_ptr, inverse_ptr, rounded_ptr, row_scale_ptr,
     gate_stride, scale_stride, shift_stride, length, eps,
-    HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, ROUNDS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * ROWS
@@ -49,8 +53,14 @@ def _varcli_norm_forward(
         inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / WIDTH + eps)
         tl.store(mean_ptr + token, mean)
         tl.store(inverse_ptr + token, inverse)
-        normed = centred * inverse * scale + shift
-        tl.store(normed_ptr + token * WIDTH + columns, normed.to(normed_ptr.dtype.element_ty), mask=inside)
+        normed = (centred * inverse * scale + shift).to(normed_ptr.dtype.element_ty)
+        tl.store(normed_ptr + token * WIDTH + columns, normed, mask=inside)
+        if ROUNDS:
+            normed = tl.where(inside, normed.to(tl.float32), 0.0)
+            size = row_scale(tl.max(tl.abs(normed), axis=0))
+            tl.store(row_scale_ptr + token, size)
+            rounded = (normed / size).to(rounded_ptr.dtype.element_ty)
+            tl.store(rounded_ptr + token * WIDTH + columns, rounded, mask=inside)
 
 
 @triton.jit
@@ -118,10 +128,13 @@ def launch_forward(
     scale_B1C: Tensor,
     shift_B1C: Tensor,
     eps: float,
+    rounded_NC: Tensor | None = None,
+    row_scales_N1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the stream with the gated branch added, its modulated norm, and mean and inverse deviation (B, L), float32.
 
-    Without a branch the first is the stream itself. bias_C: of the branch, where it is not in it yet.
+    Without a branch the first is the stream itself. bias_C: of the branch, where it is not in it yet. rounded_NC,
+    row_scales_N1: where the norm's rows are to be written in FP8, and their scales.
     """
     stream_BLC = stream_BLC.contiguous()
     batch, length, width = stream_BLC.shape
@@ -144,6 +157,8 @@ def launch_forward(
             normed,
             mean,
             inverse,
+            rounded_NC,
+            row_scales_N1,
             0 if gate_B1C is None else gate_B1C.stride(0),
             scale_B1C.stride(0),
             shift_B1C.stride(0),
@@ -151,6 +166,7 @@ def launch_forward(
             eps,
             HAS_BRANCH=branch_BLC is not None,
             HAS_BIAS=bias_C is not None,
+            ROUNDS=rounded_NC is not None,
             WIDTH=width,
             BLOCK=block,
             ROWS=rows,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varcli.kernels.fp8 import fp8_product
+from varcli.kernels.fp8 import Rounded, fp8_product
 from varcli.kernels.qk import normalize_into, normalized_steps
 from varcli.transformer.base import TransformerConfig
 
@@ -47,10 +47,10 @@ def linear(layer: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def product(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Apply a linear layer as `linear` does, without its bias."""
+def product(layer: nn.Linear, x: Tensor | Rounded) -> Tensor:
+    """Apply a linear layer as `linear` does, without its bias. x: `Rounded` only where `is_in_fp8` is true of the layer."""
     if is_in_fp8(layer):
-        return fp8_product(x.to(torch.bfloat16), layer.weight)
+        return fp8_product(x, layer.weight)
     return F.linear(x.to(layer.weight.dtype), layer.weight)
 
 
@@ -119,9 +119,10 @@ class SelfAttention(nn.Module):
             k = unit_length(k).to(v.dtype)
         return q, k, v
 
-    def attend_steps(self, x_BLC: Tensor, step_lengths: tuple[int, ...]) -> Tensor:
+    def attend_steps(self, x_BLC: Tensor | Rounded, step_lengths: tuple[int, ...]) -> Tensor:
         """`project`, then `attend_by_step`, for all L tokens, with what stands between the products in `varcli.kernels`."""
         if self.log_scale is None:
+            x_BLC = x_BLC.whole if isinstance(x_BLC, Rounded) else x_BLC
             return attend_by_step(*self.project(x_BLC), step_lengths, self.softmax_scale)
         learned = (self.q_bias, self.v_bias, self.log_scale)
         return _attend(

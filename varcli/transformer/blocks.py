@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varcli.kernels.fp8 import Rounded
 from varcli.kernels.fp8_gelu import fp8_feed_forward
+from varcli.kernels.fp8_norm import rounded_gated_norm
 from varcli.kernels.gelu import linear_gelu
 from varcli.kernels.norm import gated_norm, norm
 from varcli.transformer.attention import (
@@ -46,10 +48,17 @@ class Stream(NamedTuple):
     bias_C: Tensor | None = None  # of the branch, where it is not in it yet
     gate_B1C: Tensor | None = None
 
-    def enter(self, scale_B1C: Tensor, shift_B1C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Return the stream with its branch added, and the modulated norm of that."""
+    def enter(
+        self, scale_B1C: Tensor, shift_B1C: Tensor, eps: float, reader: nn.Linear | None = None
+    ) -> tuple[Tensor, Tensor | Rounded]:
+        """Return the stream with its branch added, and the modulated norm of that.
+
+        reader: the layer that the norm is for; if that is in FP8, the norm comes with its rows.
+        """
         if self.branch_BLC is None:
             return self.x_BLC, norm(self.x_BLC, scale_B1C, shift_B1C, eps)
+        if reader is not None and is_in_fp8(reader) and self.x_BLC.dtype == torch.bfloat16:
+            return rounded_gated_norm(*self, scale_B1C, shift_B1C, eps)
         return gated_norm(*self, scale_B1C, shift_B1C, eps)
 
 
@@ -144,18 +153,18 @@ class Block(nn.Module):
         self,
         stream: Stream,
         modulation_B16C: Tensor,
-        attend: Callable[[Tensor], Tensor],
+        attend: Callable[[Tensor | Rounded], Tensor],
         branches_2B: Tensor | None = None,
     ) -> Stream:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
         gamma1, gamma2 = _gates(gamma1, gamma2, branches_2B)
-        x_BlC, normed_BlC = stream.enter(scale1, shift1, self.norm_eps)
+        x_BlC, normed_BlC = stream.enter(scale1, shift1, self.norm_eps, self.attention.qkv)
         branch = _last_product(self.attention.proj, self.attention.dropout, attend(normed_BlC))
-        x_BlC, normed_BlC = Stream(x_BlC, *branch, gamma1).enter(scale2, shift2, self.norm_eps)
         layers = self.feed_forward
+        x_BlC, normed_BlC = Stream(x_BlC, *branch, gamma1).enter(scale2, shift2, self.norm_eps, layers.fc1)
         if is_in_fp8(layers.fc1):
             inner = (layers.fc1.weight, layers.fc1.bias)
-            y_BlC = fp8_feed_forward(normed_BlC.to(torch.bfloat16), *inner, layers.fc2.weight)
+            y_BlC = fp8_feed_forward(normed_BlC, *inner, layers.fc2.weight)
             return Stream(x_BlC, *_drop_out(layers.dropout, y_BlC, layers.fc2.bias), gamma2)
         y_BlH = linear_gelu(normed_BlC, layers.fc1.weight, layers.fc1.bias)
         return Stream(x_BlC, *_last_product(layers.fc2, layers.dropout, y_BlH), gamma2)
