@@ -133,6 +133,9 @@ def measure_group_norm(batch: int, length: int, width: int, dtype: torch.dtype) 
     pairs = {"out": (out, biased + branch.double()), "alone": (alone, biased)}
     phases = torch.randn(batch, 13 * 11, 4 * width).to(dtype)
     doubled, doubled_summed = group_norm_triton.launch_phases(phases, bias, 12, 10)
+    sides = next((rows, length // rows) for rows in (20, 17, 7) if length % rows == 0)
+    margined = torch.ops.varcli.add_with_margin(tokens.double(), branch.double(), bias.double(), *sides)
+    pairs["margined"] = (group_norm_triton.launch_margin(tokens, branch, bias, *sides), margined)
     pairs["doubled"] = (doubled, torch.ops.varcli.interleave_phases(phases.double(), bias.double(), 12, 10)[0])
     for name, found, values in (
         ("plain", group_norm_triton.launch_sums(tokens, None), tokens.double()),

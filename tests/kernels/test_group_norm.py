@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from varcli.kernels.group_norm import ROWS, add_residual, channel_moments, interleave_phases, scale_and_shift
+from varcli.kernels.group_norm import (
+    ROWS,
+    add_residual,
+    add_residual_with_margin,
+    channel_moments,
+    interleave_phases,
+    scale_and_shift,
+)
 
 
 def maps(count: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -33,6 +40,14 @@ def test_a_residual_is_rounded_once_and_its_moments_are_those_of_what_is_stored(
     assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(out, (x.float() + y.float() + bias[:, None, None]).to(dtype))
     torch.testing.assert_close(moments_2BC, channel_moments(out))
+
+
+def test_a_margin_is_a_row_and_a_column_of_zeros_after_the_others():
+    x, y = maps(2, torch.bfloat16)
+    bias = torch.linspace(-1, 1, 6)
+    found = add_residual_with_margin(x, y, bias)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found, F.pad(add_residual(x, y, bias)[0], (0, 1, 0, 1)))
 
 
 @pytest.mark.parametrize("is_activated", [False, True])
@@ -66,6 +81,7 @@ def test_the_operators_keep_torchs_rules():
     for given in (bias, None):
         torch.library.opcheck(torch.ops.varcli.channel_sums.default, (x, given))
     torch.library.opcheck(torch.ops.varcli.add_residual.default, (x, y, bias))
+    torch.library.opcheck(torch.ops.varcli.add_with_margin.default, (x, y, bias, 25, 23))
     torch.library.opcheck(torch.ops.varcli.scale_and_shift.default, (x, factors, factors, True))
     torch.library.opcheck(torch.ops.varcli.interleave_phases.default, (torch.randn(2, 4 * 3, 8), bias[:2], 3, 2))
 
@@ -93,6 +109,7 @@ def test_on_a_gpu_they_compute_what_they_do_on_a_cpu(shape, dtype):
     def compute(x, y, bias, factors, phases):
         stored = *add_residual(x, y, bias), *add_residual(x, None, bias), *interleave_phases(phases, bias)
         scaled = [scale_and_shift(x, *factors, is_activated) for is_activated in (False, True)]
+        stored = *stored, add_residual_with_margin(x, y, bias)
         return [*stored, channel_moments(x), channel_moments(x, bias), *scaled]
 
     found = compute(x, y, bias, factors, phases)

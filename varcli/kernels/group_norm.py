@@ -27,6 +27,13 @@ def add_residual(maps_BChw: Tensor, branch_BChw: Tensor | None, bias_C: Tensor) 
     return out, _moments(sums, out)
 
 
+def add_residual_with_margin(maps_BChw: Tensor, branch_BChw: Tensor, bias_C: Tensor) -> Tensor:
+    """Return maps + branch + bias with a row and a column of zeros after them: (B, C, h + 1, w + 1)."""
+    height, width = maps_BChw.shape[2:]
+    out = torch.ops.varcli.add_with_margin(_tokens(maps_BChw), _tokens(branch_BChw), bias_C, height, width)
+    return _maps(out, torch.Size((height + 1, width + 1)))
+
+
 def interleave_phases(phases: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
     """Put the maps (B, 4 * C, h + 1, w + 1) of four phases together to maps (B, C, 2h, 2w) with the bias, and their moments.
 
@@ -95,6 +102,24 @@ def _add_residual_cpu(tokens: Tensor, branch: Tensor | None, bias: Tensor) -> tu
 @_add_residual.register_fake
 def _add_residual_shapes(tokens: Tensor, branch: Tensor | None, bias: Tensor) -> tuple[Tensor, Tensor]:
     return tokens.new_empty(tokens.shape), _sums_like(tokens, tokens.shape[1], tokens.shape[2])
+
+
+@torch.library.custom_op("varcli::add_with_margin", mutates_args=(), device_types="cuda")
+def _add_with_margin(tokens: Tensor, branch: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    from varcli.kernels.group_norm_triton import launch_margin
+
+    return launch_margin(tokens, branch, bias, height, width)
+
+
+@_add_with_margin.register_kernel("cpu")
+def _add_with_margin_cpu(tokens: Tensor, branch: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    maps = _sum(tokens, branch, bias).to(tokens.dtype).unflatten(1, (height, width))
+    return F.pad(maps, (0, 0, 0, 1, 0, 1)).flatten(1, 2)
+
+
+@_add_with_margin.register_fake
+def _add_with_margin_shape(tokens: Tensor, branch: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    return tokens.new_empty((len(tokens), (height + 1) * (width + 1), tokens.shape[2]))
 
 
 @torch.library.custom_op("varcli::interleave_phases", mutates_args=(), device_types="cuda")

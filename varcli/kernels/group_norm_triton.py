@@ -22,18 +22,21 @@ _NUM_WARPS = 4
 @triton.jit
 def _varcli_channel_sums(
     x_ptr, branch_ptr, bias_ptr, out_ptr, sums_ptr, length,
-    HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, IS_STORED: tl.constexpr, PHASE_WIDTH: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, IS_STORED: tl.constexpr,
+    PHASE_WIDTH: tl.constexpr, MARGIN_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(2).to(tl.int64)
     first = tl.program_id(1) * ROWS
     columns = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    # PHASE_WIDTH, MARGIN_WIDTH: columns of a phase of which this is the map, and of the map to which this adds a margin
     start = sample * length * WIDTH
-    if PHASE_WIDTH > 0:  # columns of a phase; the phases have a row and a column more than their part of the map
-        height = length // (4 * PHASE_WIDTH)
-        x_ptr += sample * (height + 1) * (PHASE_WIDTH + 1) * 4 * WIDTH
-    else:
-        x_ptr += start
+    read_start = start
+    if PHASE_WIDTH > 0:  # phases have a row and a column more than their part of the map
+        read_start = sample * (length // (4 * PHASE_WIDTH) + 1) * (PHASE_WIDTH + 1) * 4 * WIDTH
+    if MARGIN_WIDTH > 0:
+        height = length // (MARGIN_WIDTH + 1) - 1
+        read_start = sample * height * MARGIN_WIDTH * WIDTH
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns).to(tl.float32)[None, :]
     total = tl.zeros((TILE, CHANNELS), tl.float32)
@@ -42,18 +45,23 @@ def _varcli_channel_sums(
         rows = (row + tl.arange(0, TILE))[:, None]
         inside = rows < length
         at = rows * WIDTH + columns[None, :]
+        read_at = at
+        is_read = inside
         if PHASE_WIDTH > 0:
             i = rows // (2 * PHASE_WIDTH)
             j = rows % (2 * PHASE_WIDTH)
             place = ((i + 1) // 2) * (PHASE_WIDTH + 1) + (j + 1) // 2
             read_at = (place * 4 + (i % 2) * 2 + j % 2) * WIDTH + columns[None, :]
-        else:
-            read_at = at
-        x = tl.load(x_ptr + read_at, mask=inside, other=0).to(tl.float32)
+        if MARGIN_WIDTH > 0:
+            i = rows // (MARGIN_WIDTH + 1)
+            j = rows % (MARGIN_WIDTH + 1)
+            is_read = (i < height) & (j < MARGIN_WIDTH)
+            read_at = (i * MARGIN_WIDTH + j) * WIDTH + columns[None, :]
+        x = tl.load(x_ptr + read_start + read_at, mask=is_read, other=0).to(tl.float32)
         if HAS_BRANCH:
-            x += tl.load(branch_ptr + start + at, mask=inside, other=0).to(tl.float32)
+            x += tl.load(branch_ptr + read_start + read_at, mask=is_read, other=0).to(tl.float32)
         if HAS_BIAS:
-            x = tl.where(inside, x + bias, 0.0)
+            x = tl.where(is_read, x + bias, 0.0)
         if IS_STORED:
             # summed as it is stored, which is what will be normalised
             rounded = x.to(out_ptr.dtype.element_ty)
@@ -87,14 +95,23 @@ def _varcli_scale_and_shift(
 
 def launch_sums(tokens_BNC: Tensor, bias_C: Tensor | None) -> Tensor:
     """Return partial sums (B, ceil(N / ROWS), 2, C), float32: of tokens + bias, and of their squares."""
-    return _launch(tokens_BNC, None, bias_C, None, *tokens_BNC.shape[1:], phase_width=0)
+    return _launch(tokens_BNC, None, bias_C, None, *tokens_BNC.shape[1:])
 
 
 def launch_residual(tokens_BNC: Tensor, branch_BNC: Tensor | None, bias_C: Tensor) -> tuple[Tensor, Tensor]:
     """Return tokens + branch + bias, and the partial sums of that."""
     batch, length, width = tokens_BNC.shape
     out = torch.empty(batch, length, width, dtype=tokens_BNC.dtype, device=tokens_BNC.device)
-    return out, _launch(tokens_BNC, branch_BNC, bias_C, out, length, width, phase_width=0)
+    return out, _launch(tokens_BNC, branch_BNC, bias_C, out, length, width)
+
+
+def launch_margin(tokens_BNC: Tensor, branch_BNC: Tensor, bias_C: Tensor, height: int, width: int) -> Tensor:
+    """Return tokens + branch + bias as those of a map with a row and a column of zeros after the others."""
+    batch, _, channels = tokens_BNC.shape
+    length = (height + 1) * (width + 1)
+    out = torch.empty(batch, length, channels, dtype=tokens_BNC.dtype, device=tokens_BNC.device)
+    _launch(tokens_BNC, branch_BNC, bias_C, out, length, channels, margin_width=width)
+    return out
 
 
 def launch_phases(tokens: Tensor, bias_C: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -111,7 +128,8 @@ def _launch(
     out: Tensor | None,
     length: int,
     width: int,
-    phase_width: int,
+    phase_width: int = 0,
+    margin_width: int = 0,
 ) -> Tensor:
     batch, chunks = len(tokens), triton.cdiv(length, ROWS)
     channels, tile = _tile(width)
@@ -128,6 +146,7 @@ def _launch(
             HAS_BIAS=bias is not None,
             IS_STORED=out is not None,
             PHASE_WIDTH=phase_width,
+            MARGIN_WIDTH=margin_width,
             WIDTH=width,
             CHANNELS=channels,
             TILE=tile,

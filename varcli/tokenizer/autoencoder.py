@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from varcli.kernels.group_norm import add_residual, channel_moments, scale_and_shift
+from varcli.kernels.group_norm import add_residual, add_residual_with_margin, channel_moments, scale_and_shift
 from varcli.tokenizer.base import TokenizerConfig
 from varcli.tokenizer.convolutions import Downsample, ImageConv2d, Upsample, conv3x3, is_half
 
@@ -88,12 +88,16 @@ class ResBlock(nn.Module):
 
     def fused_forward(self, x: Tensor, moments_2BC: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the block to maps with these moments; return the result and its moments."""
+        return add_residual(*self.fused_parts(x, moments_2BC))
+
+    def fused_parts(self, x: Tensor, moments_2BC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the skip path, the branch and the bias (C,) whose sum is the block's result."""
         y = _without_bias(self.conv1, self.norm1.fused_forward(x, moments_2BC))
         y = self.norm2.fused_forward(y, channel_moments(y, self.conv1.bias), self.conv1.bias)
         y, bias_C = _without_bias(self.conv2, self.dropout(y)), self.conv2.bias
         if isinstance(self.shortcut, nn.Conv2d):
             x, bias_C = _without_bias(self.shortcut, x), bias_C + self.shortcut.bias
-        return add_residual(x, y, bias_C)
+        return x, y, bias_C
 
 
 class AttentionBlock(nn.Module):
@@ -152,6 +156,8 @@ class Level(nn.Module):
     def fused_forward(self, x: Tensor, moments_2BC: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the level to maps with these moments; return the result and its moments."""
         for index, block in enumerate(self.blocks):
+            if isinstance(self.resample, Downsample) and index == len(self.blocks) - 1:  # such a level has no attention
+                return self.resample.fused_forward(add_residual_with_margin(*block.fused_parts(x, moments_2BC)))
             x, moments_2BC = block.fused_forward(x, moments_2BC)
             if len(self.attentions):
                 x, moments_2BC = self.attentions[index].fused_forward(x, moments_2BC)
