@@ -15,7 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 
-from varcli.kernels import gelu_triton, group_norm_triton, norm, norm_triton, qk, qk_triton
+from varcli.kernels import conv3x3_triton, gelu_triton, group_norm_triton, norm, norm_triton, qk, qk_triton
 from varcli.kernels.fp8 import round_rows
 
 CAP = math.log(100)
@@ -152,6 +152,20 @@ def measure_group_norm(batch: int, length: int, width: int, dtype: torch.dtype) 
     return {name: distance(*pair) for name, pair in pairs.items()}
 
 
+def measure_conv3x3(batch: int, channels: int, outputs: int, dtype: torch.dtype) -> dict[str, float]:
+    """A convolution with its bias and skip path, and alone, over maps of 8 x 32 positions."""
+    tokens, skip = torch.randn(batch, 256, channels).to(dtype), torch.randn(batch, 256, outputs).to(dtype)
+    weight, bias = (torch.randn(9 * channels, outputs) / channels**0.5).to(dtype), torch.randn(outputs)
+    pairs = {}
+    for name, parts in (("whole", (bias, skip)), ("alone", (None, None))):
+        wide = [None if part is None else part.double() for part in parts]
+        expected, _ = torch.ops.varcli.conv3x3(tokens.double(), weight.double(), *wide, 8, 32)
+        out, sums = conv3x3_triton.launch_conv3x3(tokens, weight, *parts, 8, 32)
+        pairs |= {name: (out, expected), f"{name} sums": (sums[:, :, 0].sum(1), out.double().sum(1))}
+        pairs |= {f"{name} squares": (sums[:, :, 1].sum(1), out.double().square().sum(1))}
+    return {name: distance(*pair) for name, pair in pairs.items()}
+
+
 def main() -> None:
     """Measure all shapes: odd lengths, several chunks of rows, widths that are no power of two."""
     torch.manual_seed(0)
@@ -167,6 +181,8 @@ def main() -> None:
             results[f"{dtype} gelu {shape}"] = measure_gelu(*shape, dtype)
         for shape in ((2, 289, 40), (1, 7, 160), (1, 600, 3))[:few]:
             results[f"{dtype} group norm {shape}"] = measure_group_norm(*shape, dtype)
+    # the interpreter's products of bfloat16 are wrong
+    results[f"{torch.float32} conv3x3"] = measure_conv3x3(2, 32, 160, torch.float32)
     print(json.dumps(results))
 
 

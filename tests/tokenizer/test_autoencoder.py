@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from varcli.kernels.group_norm import channel_moments
 from varcli.tokenizer import VQVAE, TokenizerConfig
@@ -65,14 +66,17 @@ def test_a_constant_map_is_normalised_to_the_bias_by_either_way():
     assert norm.channelwise_forward(constant).abs().max() < 1e-2 and norm(constant).abs().max() < 1e-2
 
 
-@pytest.mark.parametrize("channels_in", [16, 24])
-def test_a_fused_block_is_the_same_function_and_knows_its_moments(channels_in):
+# the last one is convolved by an operator of our own
+@pytest.mark.parametrize(("channels_in", "channels", "height"), [(16, 16, 20), (24, 16, 20), (32, 144, 128)])
+def test_a_fused_block_is_the_same_function_and_knows_its_moments(channels_in, channels, height):
     torch.manual_seed(0)
-    block = randomized(ResBlock(channels_in, 16, TokenizerConfig(width=8, norm_groups=4)))
-    maps = torch.randn(2, channels_in, 20, 15).to(memory_format=torch.channels_last)
+    block = randomized(ResBlock(channels_in, channels, TokenizerConfig(width=8, norm_groups=4)))
+    maps = torch.randn(2, channels_in, height, 15).to(memory_format=torch.channels_last)
     with torch.no_grad():
         result, moments_2BC = block.fused_forward(maps, channel_moments(maps))
         torch.testing.assert_close(result, block(maps), rtol=1e-4, atol=1e-4)
+        margined = block.margin_forward(maps, channel_moments(maps))
+        torch.testing.assert_close(margined, F.pad(block(maps), (0, 1, 0, 1)), rtol=1e-4, atol=1e-4)
     assert result.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(moments_2BC, channel_moments(result), rtol=1e-4, atol=1e-4)
 

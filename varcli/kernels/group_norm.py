@@ -16,22 +16,22 @@ ROWS = 256  # positions whose sums are one row of the partial sums
 
 def channel_moments(maps_BChw: Tensor, bias_C: Tensor | None = None) -> Tensor:
     """Return the moments of maps + bias."""
-    return _moments(torch.ops.varcli.channel_sums(_tokens(maps_BChw), bias_C), maps_BChw)
+    return moments_of(torch.ops.varcli.channel_sums(tokens_of(maps_BChw), bias_C), maps_BChw)
 
 
 def add_residual(maps_BChw: Tensor, branch_BChw: Tensor | None, bias_C: Tensor) -> tuple[Tensor, Tensor]:
     """Return maps + branch + bias, rounded to the maps' dtype, and the moments of that."""
-    branch = None if branch_BChw is None else _tokens(branch_BChw)
-    out, sums = torch.ops.varcli.add_residual(_tokens(maps_BChw), branch, bias_C)
-    out = _maps(out, maps_BChw.shape[2:])
-    return out, _moments(sums, out)
+    branch = None if branch_BChw is None else tokens_of(branch_BChw)
+    out, sums = torch.ops.varcli.add_residual(tokens_of(maps_BChw), branch, bias_C)
+    out = maps_of(out, maps_BChw.shape[2:])
+    return out, moments_of(sums, out)
 
 
 def add_residual_with_margin(maps_BChw: Tensor, branch_BChw: Tensor, bias_C: Tensor) -> Tensor:
     """Return maps + branch + bias with a row and a column of zeros after them: (B, C, h + 1, w + 1)."""
     height, width = maps_BChw.shape[2:]
-    out = torch.ops.varcli.add_with_margin(_tokens(maps_BChw), _tokens(branch_BChw), bias_C, height, width)
-    return _maps(out, torch.Size((height + 1, width + 1)))
+    out = torch.ops.varcli.add_with_margin(tokens_of(maps_BChw), tokens_of(branch_BChw), bias_C, height, width)
+    return maps_of(out, torch.Size((height + 1, width + 1)))
 
 
 def interleave_phases(phases: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,27 +40,29 @@ def interleave_phases(phases: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
     Row 2i + a and column 2j + b are those of phase (a, b), number 2a + b, at row i + a and column j + b.
     """
     height, width = phases.shape[2] - 1, phases.shape[3] - 1
-    out, sums = torch.ops.varcli.interleave_phases(_tokens(phases), bias_C, height, width)
-    out = _maps(out, torch.Size((2 * height, 2 * width)))
-    return out, _moments(sums, out)
+    out, sums = torch.ops.varcli.interleave_phases(tokens_of(phases), bias_C, height, width)
+    out = maps_of(out, torch.Size((2 * height, 2 * width)))
+    return out, moments_of(sums, out)
 
 
 def scale_and_shift(maps_BChw: Tensor, scale_BC: Tensor, shift_BC: Tensor, is_activated: bool) -> Tensor:
     """Return maps * scale + shift, or the SiLU of that, in the maps' dtype. scale_BC, shift_BC: float32."""
-    tokens = torch.ops.varcli.scale_and_shift(_tokens(maps_BChw), scale_BC, shift_BC, is_activated)
-    return _maps(tokens, maps_BChw.shape[2:])
+    tokens = torch.ops.varcli.scale_and_shift(tokens_of(maps_BChw), scale_BC, shift_BC, is_activated)
+    return maps_of(tokens, maps_BChw.shape[2:])
 
 
-def _tokens(maps: Tensor) -> Tensor:
+def tokens_of(maps: Tensor) -> Tensor:
     """(B, C, h, w) to (B, N, C); no copy if channels are last."""
     return maps.flatten(2).transpose(1, 2).contiguous()
 
 
-def _maps(tokens: Tensor, sides: torch.Size) -> Tensor:
+def maps_of(tokens: Tensor, sides: torch.Size) -> Tensor:
+    """(B, N, C) to (B, C, h, w) with channels last; sides: h and w."""
     return tokens.transpose(1, 2).unflatten(2, sides)
 
 
-def _moments(sums: Tensor, maps: Tensor) -> Tensor:
+def moments_of(sums: Tensor, maps: Tensor) -> Tensor:
+    """Partial sums (B, parts, 2, C) of the positions of such maps to their moments."""
     return sums.sum(dim=1).transpose(0, 1) / (maps.shape[2] * maps.shape[3])
 
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from varcli.kernels.conv3x3 import conv3x3 as fused_conv3x3
+from varcli.kernels.conv3x3 import is_gain
 from varcli.kernels.group_norm import add_residual, add_residual_with_margin, channel_moments, scale_and_shift
 from varcli.tokenizer.base import TokenizerConfig
 from varcli.tokenizer.convolutions import Downsample, ImageConv2d, Upsample, conv3x3, is_half
@@ -68,6 +70,11 @@ def _without_bias(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     return F.conv2d(x, convolution.weight, padding=convolution.padding)
 
 
+def _is_gain(convolution: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a 3x3 convolution of these maps is best computed by `fused_conv3x3`, with what follows it."""
+    return is_gain(convolution.in_channels, convolution.out_channels, x.shape[2] * x.shape[3])
+
+
 class ResBlock(nn.Module):
     """Two normalised convolutions beside a skip path: (B, in, h, w) -> (B, out, h, w)."""
 
@@ -88,16 +95,29 @@ class ResBlock(nn.Module):
 
     def fused_forward(self, x: Tensor, moments_2BC: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the block to maps with these moments; return the result and its moments."""
-        return add_residual(*self.fused_parts(x, moments_2BC))
+        skip, y, bias_C = self._before_last(x, moments_2BC)
+        if _is_gain(self.conv2, y):
+            return fused_conv3x3(y, self.conv2.weight, bias_C, skip)
+        return add_residual(skip, _without_bias(self.conv2, y), bias_C)
 
-    def fused_parts(self, x: Tensor, moments_2BC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the skip path, the branch and the bias (C,) whose sum is the block's result."""
-        y = _without_bias(self.conv1, self.norm1.fused_forward(x, moments_2BC))
-        y = self.norm2.fused_forward(y, channel_moments(y, self.conv1.bias), self.conv1.bias)
-        y, bias_C = _without_bias(self.conv2, self.dropout(y)), self.conv2.bias
+    def margin_forward(self, x: Tensor, moments_2BC: Tensor) -> Tensor:
+        """Apply the block to maps with these moments; return the result with a row and a column of zeros after it."""
+        skip, y, bias_C = self._before_last(x, moments_2BC)
+        if _is_gain(self.conv2, y):
+            return add_residual_with_margin(skip, fused_conv3x3(y, self.conv2.weight)[0], bias_C)
+        return add_residual_with_margin(skip, _without_bias(self.conv2, y), bias_C)
+
+    def _before_last(self, x: Tensor, moments_2BC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the skip path, what the second convolution reads, and the bias (C,) of both together."""
+        y = self.norm1.fused_forward(x, moments_2BC)
+        if _is_gain(self.conv1, y):
+            y = self.norm2.fused_forward(*fused_conv3x3(y, self.conv1.weight, self.conv1.bias))
+        else:
+            y = _without_bias(self.conv1, y)
+            y = self.norm2.fused_forward(y, channel_moments(y, self.conv1.bias), self.conv1.bias)
         if isinstance(self.shortcut, nn.Conv2d):
-            x, bias_C = _without_bias(self.shortcut, x), bias_C + self.shortcut.bias
-        return x, y, bias_C
+            return _without_bias(self.shortcut, x), self.dropout(y), self.conv2.bias + self.shortcut.bias
+        return x, self.dropout(y), self.conv2.bias
 
 
 class AttentionBlock(nn.Module):
@@ -157,7 +177,7 @@ class Level(nn.Module):
         """Apply the level to maps with these moments; return the result and its moments."""
         for index, block in enumerate(self.blocks):
             if isinstance(self.resample, Downsample) and index == len(self.blocks) - 1:  # such a level has no attention
-                return self.resample.fused_forward(add_residual_with_margin(*block.fused_parts(x, moments_2BC)))
+                return self.resample.fused_forward(block.margin_forward(x, moments_2BC))
             x, moments_2BC = block.fused_forward(x, moments_2BC)
             if len(self.attentions):
                 x, moments_2BC = self.attentions[index].fused_forward(x, moments_2BC)

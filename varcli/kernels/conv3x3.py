@@ -1,0 +1,71 @@
+"""A 3x3 convolution to a number of channels that libraries' tiles do not fit, with bias, skip path and moments in one pass.
+
+cuDNN computes 160 channels in tiles of 128, so that three eighths of its work is thrown away. An operator as those of
+`varcli.kernels.group_norm`: half precision with channels last, float32 inside, rounded once, without gradients; Triton on
+CUDA, the formula on a CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varcli.kernels.group_norm import maps_of, moments_of, tokens_of
+
+POSITIONS = 128  # of a map that are computed together, whose sums are one row of the partial sums
+WIDE = 128  # of the output channels, the first; the others are a power of two
+_NARROW = (16, 32, 64)
+_DEPTH = 32  # input channels come in multiples of it
+
+
+def is_gain(in_channels: int, out_channels: int, positions: int) -> bool:
+    """Say whether `conv3x3` computes maps of so many positions, and faster than libraries do."""
+    return out_channels - WIDE in _NARROW and in_channels % _DEPTH == 0 and positions % POSITIONS == 0
+
+
+def conv3x3(
+    maps_BChw: Tensor, weight_OC33: Tensor, bias_O: Tensor | None = None, skip_BOhw: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return conv(maps) + bias + skip, (B, O, h, w) in the dtype of `maps`, and the moments of that.
+
+    For the sizes of which `is_gain` says so. weight_OC33: rounded to the maps' dtype.
+    """
+    weight_KO = weight_OC33.to(maps_BChw.dtype).permute(2, 3, 1, 0).flatten(0, 2)
+    skip = None if skip_BOhw is None else tokens_of(skip_BOhw)
+    sides = maps_BChw.shape[2:]
+    tokens, sums = torch.ops.varcli.conv3x3(tokens_of(maps_BChw), weight_KO, bias_O, skip, *sides)
+    out = maps_of(tokens, sides)
+    return out, moments_of(sums, out)
+
+
+@torch.library.custom_op("varcli::conv3x3", mutates_args=(), device_types="cuda")
+def _conv3x3(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    from varcli.kernels.conv3x3_triton import launch_conv3x3
+
+    return launch_conv3x3(tokens, weight, bias, skip, height, width)
+
+
+@_conv3x3.register_kernel("cpu")
+def _conv3x3_cpu(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    maps = tokens.transpose(1, 2).unflatten(2, (height, width)).to(wide)
+    taps = weight.unflatten(0, (3, 3, -1)).permute(3, 2, 0, 1).to(wide)
+    values = F.conv2d(maps, taps, None if bias is None else bias.to(wide), padding=1).flatten(2).transpose(1, 2)
+    out = (values if skip is None else values + skip).to(tokens.dtype, memory_format=torch.contiguous_format)
+    parts = out.to(wide).unflatten(1, (-1, POSITIONS))
+    return out, torch.stack([parts.sum(dim=2), parts.square().sum(dim=2)], dim=2)
+
+
+@_conv3x3.register_fake
+def _conv3x3_shapes(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    batch, length, _ = tokens.shape
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    out = tokens.new_empty((batch, length, weight.shape[1]))
+    return out, tokens.new_empty((batch, length // POSITIONS, 2, weight.shape[1]), dtype=wide)
