@@ -1,8 +1,8 @@
 """Logits to codes in one pass over each token's row: guidance, truncation, noise and the draw, in Triton.
 
 What `guide`, `truncate` and `draw` of varcli.sampling.logits compute with the noise of varcli.sampling.noise: a row stays in
-registers, its k-th largest value and the limit of top-p are found by bisection over the bits of floats instead of by a
-sort, and the noise is made where it is used. Only rounding differs. Needs Triton, which comes with torch for CUDA.
+registers, its k-th largest value and the limit of top-p are found by search among the bits of floats instead of by a sort,
+and the noise is made where it is used. Only rounding differs. Needs Triton, which comes with torch for CUDA.
 """
 
 from __future__ import annotations
@@ -52,9 +52,15 @@ def draw_codes(
             HAS_TOP_K=top_k is not None and top_k < vocab_size,
             HAS_TOP_P=top_p is not None and top_p < 1,
             BLOCK=triton.next_power_of_2(vocab_size),
+            SECOND=2**16 if vocab_size < 2**15 else 2**32,  # what a second count is worth in a sum with a first
             num_warps=_WARPS,
         )
     return codes_Bl
+
+
+@triton.jit
+def _add_two(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
@@ -73,6 +79,7 @@ def _draw_row(
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
     BLOCK: tl.constexpr,
+    SECOND: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     code = tl.arange(0, BLOCK)
@@ -86,34 +93,44 @@ def _draw_row(
     is_row_bad = tl.sum(tl.where(value - value == 0, 0, 1), 0) > 0
     value = tl.where(is_row_bad, 0.0, value) + 0.0  # -0.0 becomes 0.0: they tie
 
-    # floats in the order of their bits, so that a limit can be found by bisection
+    # floats in the order of their bits, so that a limit can be found by cutting the numbers between two in three
     bits = value.to(tl.int32, bitcast=True)
     rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    rank = rank.to(tl.int64)
-    highest = tl.max(tl.where(is_code, rank, -2147483648), 0)
-    lowest = tl.min(tl.where(is_code, rank, 2147483647), 0)
-    limit = lowest
+    highest = tl.max(tl.where(is_code, rank, -2147483648), 0).to(tl.int64)
+    limit = tl.min(tl.where(is_code, rank, 2147483647), 0).to(tl.int64)
     if HAS_TOP_K:  # the largest limit that at least k codes reach
         high = highest
         while limit < high:
-            middle = limit + (high - limit + 1) // 2
-            reached = tl.sum(tl.where(is_code & (rank >= middle), 1, 0), 0)
-            if reached >= top_k:
-                limit = middle
+            first = limit + (high - limit + 2) // 3
+            second = limit + (2 * (high - limit) + 2) // 3
+            # both counts in one sum
+            reached = tl.where(rank >= first.to(tl.int32), 1, 0) + tl.where(rank >= second.to(tl.int32), SECOND, 0)
+            counts = tl.sum(tl.where(is_code, reached, 0).to(tl.int32 if SECOND < 2**31 else tl.int64), 0)
+            if counts // SECOND >= top_k:
+                limit = second
+            elif counts % SECOND >= top_k:
+                limit = first
+                high = second - 1
             else:
-                high = middle - 1
+                high = first - 1
     if HAS_TOP_P:  # the smallest limit above which less than p of the kept probability lies
         largest = tl.max(tl.where(is_code, value, -float("inf")), 0)
-        weight = tl.where(is_code & (rank >= limit), tl.exp(value - largest), 0.0)
+        weight = tl.where(is_code & (rank >= limit.to(tl.int32)), tl.exp(value - largest), 0.0)
         allowed = top_p * tl.sum(weight, 0)
         high = highest
         while limit < high:
-            middle = limit + (high - limit) // 2
-            above = tl.sum(tl.where(rank > middle, weight, 0.0), 0)
-            if above < allowed:
-                high = middle
+            first = limit + (high - limit) // 3
+            second = limit + (2 * (high - limit)) // 3
+            beyond = tl.where(rank > first.to(tl.int32), weight, 0.0), tl.where(rank > second.to(tl.int32), weight, 0.0)
+            above_first, above_second = tl.reduce(beyond, 0, _add_two)
+            if above_first < allowed:
+                high = first
+            elif above_second < allowed:
+                limit = first + 1
+                high = second
             else:
-                limit = middle + 1
+                limit = second + 1
+    limit = limit.to(tl.int32)
 
     key = tl.load(keys + row // length)
     position = row % length
