@@ -77,7 +77,10 @@ class Pixels:
         return self._take(spread_rows(len(self.images), count))
 
     def _take(self, rows: np.ndarray) -> Tensor:
-        return self.images[torch.as_tensor(rows, device=self.images.device)].to(self.device)
+        where, found = self.images.device, torch.as_tensor(rows)
+        if where.type == "cuda":  # from pinned memory, else the copy waits for the step before
+            found = found.pin_memory().to(where, non_blocking=True)
+        return self.images[found].to(self.device)
 
 
 @contextmanager
