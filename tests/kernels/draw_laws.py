@@ -9,7 +9,7 @@ import torch
 
 from varcli.kernels.draw_triton import draw_codes
 from varcli.sampling.logits import draw, guide, truncate
-from varcli.sampling.noise import STREAM_CODES, KeyedNoise
+from varcli.sampling.noise import STREAM_CODES, KeyedNoise, salt
 
 CASES = [
     # codes, tokens, images, top_k, top_p, guidance, whether many logits tie
@@ -34,7 +34,7 @@ def check_codes_are_those_of_torch(device: torch.device) -> None:
         noise = KeyedNoise(3, range(batch), range(batch), device)
         is_bad = torch.zeros((), dtype=torch.int32, device=device)
         given = None if strength is None else unwanted
-        found = draw_codes(wanted, given, noise.keys(2, STREAM_CODES), strength or 0.0, top_k, top_p, is_bad)
+        found = draw_codes(wanted, given, noise.keys_B, salt(2, STREAM_CODES), strength or 0.0, top_k, top_p, is_bad)
         kept = truncate(guide(wanted, given, strength or 0.0), top_k, top_p)
         expected = draw(kept, noise(2, STREAM_CODES, length, vocab_size))
         differing = (found != expected).float().mean().item()
@@ -47,9 +47,9 @@ def check_codes_are_those_of_torch(device: torch.device) -> None:
 def check_draws_follow_the_truncated_distribution(device: torch.device) -> None:
     count = 20_000
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -8.0], device=device).expand(count, 1, -1)
-    keys = KeyedNoise(5, range(count), [0] * count, device).keys(0, STREAM_CODES)
+    keys = KeyedNoise(5, range(count), [0] * count, device).keys_B, salt(0, STREAM_CODES)
     is_bad = torch.zeros((), dtype=torch.int32, device=device)
-    counts = draw_codes(logits, None, keys, 0.0, 4, 0.9, is_bad).flatten().cpu().bincount(minlength=6)
+    counts = draw_codes(logits, None, *keys, 0.0, 4, 0.9, is_bad).flatten().cpu().bincount(minlength=6)
     expected = truncate(logits[:1], 4, 0.9).flatten().softmax(0).cpu() * count
     assert counts[expected == 0].sum() == 0
     chi_square = ((counts - expected)[expected > 0].square() / expected[expected > 0]).sum()
@@ -58,14 +58,14 @@ def check_draws_follow_the_truncated_distribution(device: torch.device) -> None:
 
 def check_logits_that_are_no_numbers_are_told_and_touch_no_other_row(device: torch.device) -> None:
     logits = torch.randn(3, 2, 10, generator=torch.Generator().manual_seed(0)).to(device)
-    noise = KeyedNoise(0, [0, 1, 2], [0, 0, 0], device).keys(0, STREAM_CODES)
+    noise = KeyedNoise(0, [0, 1, 2], [0, 0, 0], device).keys_B, salt(0, STREAM_CODES)
     is_bad = torch.zeros((), dtype=torch.int32, device=device)
-    expected = draw_codes(logits, None, noise, 0.0, 5, 0.9, is_bad)
+    expected = draw_codes(logits, None, *noise, 0.0, 5, 0.9, is_bad)
     for wrong in (math.nan, math.inf, -math.inf):
         spoilt = logits.clone()
         spoilt[1, 0, 3] = wrong
         is_bad.zero_()
-        found = draw_codes(spoilt, None, noise, 0.0, 5, 0.9, is_bad)
+        found = draw_codes(spoilt, None, *noise, 0.0, 5, 0.9, is_bad)
         assert is_bad.item() == 1 and found[1, 0] == 0
         found[1, 0] = expected[1, 0]
         assert torch.equal(found, expected)

@@ -37,7 +37,7 @@ def test_the_kernel_compiles_for_an_h100_without_one():
     from varcli.kernels.draw_triton import _draw_row
 
     constants = {"IS_GUIDED": True, "HAS_TOP_K": True, "HAS_TOP_P": True, "BLOCK": 4096, "SECOND": 2**16}
-    types = {"wanted": "*bf16", "unwanted": "*bf16", "keys": "*i64", "codes": "*i64", "is_bad": "*i32"}
+    types = {"wanted": "*bf16", "unwanted": "*bf16", "keys": "*i64", "codes": "*i64", "is_bad": "*i32", "salt": "i64"}
     types |= {"strength": "fp32", "top_p": "fp32"}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in _draw_row.arg_names}
     places = {(_draw_row.arg_names.index(name),): value for name, value in constants.items()}

@@ -23,6 +23,7 @@ def draw_codes(
     wanted_BlV: Tensor,
     unwanted_BlV: Tensor | None,
     keys_B: Tensor,
+    salt: int,
     strength: float,
     top_k: int | None,
     top_p: float | None,
@@ -30,8 +31,9 @@ def draw_codes(
 ) -> Tensor:
     """Draw one code a position, int64 (B, l).
 
-    wanted, unwanted: logits of the class, and of no class or None, of any float dtype. keys: int64, of this step's noise.
-    strength: of guidance. is_bad: 0-d int32, set to 1 if a guided logit is no finite number; the row's code is 0 then.
+    wanted, unwanted: logits of the class, and of no class or None, of any float dtype. keys, salt: int64, of the images' and
+    the step's noise. strength: of guidance. is_bad: 0-d int32, set to 1 if a guided logit is no finite number; the row's
+    code is 0 then.
     """
     batch, length, vocab_size = wanted_BlV.shape
     codes_Bl = torch.empty(batch, length, dtype=torch.int64, device=wanted_BlV.device)
@@ -41,6 +43,7 @@ def draw_codes(
             wanted_BlV,
             wanted_BlV if unwanted_BlV is None else unwanted_BlV.contiguous(),
             keys_B,
+            salt,
             codes_Bl,
             is_bad,
             length,
@@ -64,10 +67,18 @@ def _add_two(a, b, c, d):
 
 
 @triton.jit
+def _mix(value):
+    value = (value ^ ((value >> 30) & 0x3FFFFFFFF)) * MIX_1
+    value = (value ^ ((value >> 27) & 0x1FFFFFFFFF)) * MIX_2
+    return value ^ ((value >> 31) & 0x1FFFFFFFF)
+
+
+@triton.jit
 def _draw_row(
     wanted,
     unwanted,
     keys,
+    salt,
     codes,
     is_bad,
     length,
@@ -132,12 +143,9 @@ def _draw_row(
                 limit = second + 1
     limit = limit.to(tl.int32)
 
-    key = tl.load(keys + row // length)
+    key = _mix(_mix(tl.load(keys + row // length) + salt))
     position = row % length
-    hashed = key + (position * vocab_size + code.to(tl.int64) + 1) * GOLDEN
-    hashed = (hashed ^ ((hashed >> 30) & 0x3FFFFFFFF)) * MIX_1
-    hashed = (hashed ^ ((hashed >> 27) & 0x1FFFFFFFFF)) * MIX_2
-    hashed = hashed ^ ((hashed >> 31) & 0x1FFFFFFFF)
+    hashed = _mix(key + (position * vocab_size + code.to(tl.int64) + 1) * GOLDEN)
     uniform = (((hashed >> 41) & 0x7FFFFF).to(tl.float32) + 0.5) / 8388608.0
     # argmax of p / q is argmax of log p - log q
     score = value - tl.log(-tl.log(uniform))

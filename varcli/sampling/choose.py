@@ -11,7 +11,7 @@ from torch import Tensor
 
 from varcli.order.base import Order
 from varcli.sampling.logits import draw, guide, smooth_vectors, truncate
-from varcli.sampling.noise import STREAM_CODES, STREAM_SMOOTH, KeyedNoise, Noise
+from varcli.sampling.noise import STREAM_CODES, STREAM_SMOOTH, KeyedNoise, Noise, salt
 from varcli.sampling.settings import SampleConfig
 
 Choose = Callable[[int, Tensor, Tensor | None, float], Tensor]
@@ -52,9 +52,8 @@ class CodeChooser:
     def _choose_fused(self, step: int, wanted_BlV: Tensor, unwanted_BlV: Tensor | None, strength: float) -> Tensor:
         from varcli.kernels.draw_triton import draw_codes
 
-        keys_B = self.noise.keys(step, STREAM_CODES)
-        config = self.config
-        codes = draw_codes(wanted_BlV, unwanted_BlV, keys_B, strength, config.top_k, config.top_p, self.is_bad)
+        config, noise = self.config, (self.noise.keys_B, salt(step, STREAM_CODES))
+        codes = draw_codes(wanted_BlV, unwanted_BlV, *noise, strength, config.top_k, config.top_p, self.is_bad)
         return self.order.lookup(codes)
 
 

@@ -39,19 +39,20 @@ def image_keys(seed: int, classes: Sequence[int], indices: Sequence[int]) -> Ten
     return keys
 
 
+def salt(step: int, stream: int) -> int:
+    """What is added to an image's key before it is mixed twice, to the key of a step and stream: signed, of 64 bits."""
+    return _signed(_GOLDEN * (2 * step + stream + 1))
+
+
 class KeyedNoise:
     """Noise of a batch of images, each known by (seed, class, index)."""
 
     def __init__(self, seed: int, classes: Sequence[int], indices: Sequence[int], device: torch.device) -> None:
         self.keys_B = image_keys(seed, classes, indices).to(device)
 
-    def keys(self, step: int, stream: int) -> Tensor:
-        """The images' keys of one step and stream, int64 (B,)."""
-        return _mix(_mix(self.keys_B + _signed(_GOLDEN * (2 * step + stream + 1))))
-
     def __call__(self, step: int, stream: int, length: int, vocab_size: int) -> Tensor:
         """See `Noise`."""
-        keys = self.keys(step, stream)
+        keys = _mix(_mix(self.keys_B + salt(step, stream)))
         counter = torch.arange(1, length * vocab_size + 1, dtype=torch.int64, device=keys.device)
         bits = _mix(keys.unsqueeze(1) + counter * _GOLDEN)
         return exponential(bits).view(-1, length, vocab_size)
