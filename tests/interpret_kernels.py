@@ -15,7 +15,16 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 
-from varcli.kernels import conv3x3_triton, gelu_triton, group_norm_triton, norm, norm_triton, qk, qk_triton
+from varcli.kernels import (
+    conv3x3_triton,
+    fp8_triton,
+    gelu_triton,
+    group_norm_triton,
+    norm,
+    norm_triton,
+    qk,
+    qk_triton,
+)
 from varcli.kernels.fp8 import round_rows
 
 CAP = math.log(100)
@@ -58,6 +67,10 @@ def measure_norm(batch: int, length: int, width: int, given: int, dtype: torch.d
     if given == 2:
         pairs["bias"] = (grads[2][:, 3].sum(dim=0), wide[2].grad)
     rounded = measure_rows("normed", found.flatten(0, 1), *rows) if given == 2 else {}
+    alone = fp8_triton.room_for_rows(stream)
+    lone = norm_triton.launch_forward(stream, *branches, scale, shift, 1e-6, *alone, keeps=False)
+    pairs["out alone"] = (lone[0], out)
+    rounded |= measure_rows("normed alone", found.flatten(0, 1), *alone)
     return {name: distance(*pair) for name, pair in pairs.items()} | rounded
 
 
@@ -76,7 +89,8 @@ def measure_gelu(num_rows: int, width: int, dtype: torch.dtype) -> dict[str, flo
         found |= {f"{name} {rounds}": distance(*pair) for name, pair in pairs.items()}
         if rounds:
             rows = measure_rows("result", made, *rounded) | measure_rows("before", grads[0], rounded_grad, scales)
-    return found | rows
+            rows |= measure_rows("alone", made, *gelu_triton.launch_forward(before, bias, True, keeps=False)[1:])
+    return found | rows | measure_rows("plain", before, *fp8_triton.launch_round(before))
 
 
 def measure_rows(name: str, whole: Tensor, rounded: Tensor, scales: Tensor) -> dict[str, float]:

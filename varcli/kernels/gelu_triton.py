@@ -1,6 +1,6 @@
 """Triton kernels of `varcli.kernels.gelu`; the backward one makes the bias's gradient on the way.
 
-For `varcli.kernels.fp8_gelu` a program has whole rows, and stores them once more in FP8.
+For products in FP8 a program has whole rows, and stores them in FP8 too, or alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from varcli.kernels.fp8_triton import row_scale
+from varcli.kernels.fp8_triton import room_for_rows, row_scale
 
 _COLUMNS = 1024  # of a program, 8 neighbouring ones a thread: 16 bytes of bfloat16
 _TILE_ROWS = 2  # at once, so that more loads are on their way
@@ -18,13 +18,15 @@ _FORWARD_ROWS = 16  # of a program, which share a bias
 _BACKWARD_ROWS = 128  # of a program: the sums it leaves behind are then 1 % of what it reads
 _NUM_WARPS = 4
 _CHANNELS_A_WARP = 256  # where a program has whole rows, one at a time
+_FEW_ROWS = 8192  # fewer whole rows are spread over the device one a program, for the shortest time
 
 
 @triton.jit
 def _varcli_gelu_forward(
     before_ptr, bias_ptr, result_ptr, rounded_ptr, scale_ptr,
     num_rows,
-    ROUNDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr,
+    KEEPS: tl.constexpr, ROUNDS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first = tl.program_id(0) * ROWS  # the axis that may be long
@@ -36,8 +38,9 @@ def _varcli_gelu_forward(
         x = tl.load(before_ptr + at, mask=inside, other=0).to(tl.float32) + bias[None, :]
         # 0.5 * (1 + tanh(u)) is sigmoid(2 * u), and 1.59... is twice the root of 2 / pi
         result = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        result = result.to(result_ptr.dtype.element_ty)
-        tl.store(result_ptr + at, result, mask=inside)
+        result = result.to(before_ptr.dtype.element_ty)
+        if KEEPS:
+            tl.store(result_ptr + at, result, mask=inside)
         if ROUNDS:
             result = tl.where(inside, result.to(tl.float32), 0.0)
             scale = row_scale(tl.max(tl.abs(result), axis=1))
@@ -75,25 +78,32 @@ def _varcli_gelu_backward(
     tl.store(sums_ptr + tl.program_id(0) * WIDTH + columns, tl.sum(sums, axis=0), mask=columns < WIDTH)
 
 
-def launch_forward(before: Tensor, bias_H: Tensor, rounds: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return gelu(before + bias), (..., H); if it `rounds`, also its rows in FP8, (M, H), and their scales, (M, 1)."""
+def launch_forward(
+    before: Tensor, bias_H: Tensor, rounds: bool = False, keeps: bool = True
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return gelu(before + bias), (..., H); if it `rounds`, also its rows in FP8, (M, H), and their scales, (M, 1).
+
+    Without `keeps` there are these rows alone.
+    """
     before = before.contiguous()
     width = before.shape[-1]
     num_rows = before.numel() // width
-    result = torch.empty_like(before)
-    rounded, scales = _room(before) if rounds else (None, None)
+    result = torch.empty_like(before) if keeps else None
+    rounded, scales = room_for_rows(before) if rounds else (None, None)
     tile = _tile(width, rounds)
+    rows = 1 if rounds and num_rows <= _FEW_ROWS else _FORWARD_ROWS
     with torch.cuda.device_of(before):
-        _varcli_gelu_forward[(triton.cdiv(num_rows, _FORWARD_ROWS), triton.cdiv(width, tile["BLOCK"]))](
+        _varcli_gelu_forward[(triton.cdiv(num_rows, rows), triton.cdiv(width, tile["BLOCK"]))](
             before,
             bias_H.contiguous(),
             result,
             rounded,
             scales,
             num_rows,
+            KEEPS=keeps,
             ROUNDS=rounds,
             WIDTH=width,
-            ROWS=_FORWARD_ROWS,
+            ROWS=rows,
             **tile,
         )
     return result, rounded, scales
@@ -107,7 +117,7 @@ def launch_backward(
     width = before.shape[-1]
     num_rows = before.numel() // width
     grad_before = torch.empty_like(before)
-    rounded, scales = _room(before) if rounds else (None, None)
+    rounded, scales = room_for_rows(before) if rounds else (None, None)
     chunks = triton.cdiv(num_rows, _BACKWARD_ROWS)
     sums = torch.empty(chunks, width, dtype=torch.float32, device=before.device)
     tile = _tile(width, rounds)
@@ -127,13 +137,6 @@ def launch_backward(
             **tile,
         )
     return grad_before, sums.sum(dim=0), rounded, scales
-
-
-def _room(before: Tensor) -> tuple[Tensor, Tensor]:
-    """Where rows in FP8 and their scales will be."""
-    rows_MH = before.flatten(0, -2)
-    rounded = torch.empty_like(rows_MH, dtype=torch.float8_e4m3fn)
-    return rounded, torch.empty(len(rows_MH), 1, dtype=torch.float32, device=before.device)
 
 
 def _tile(width: int, rounds: bool) -> dict[str, int]:

@@ -24,7 +24,7 @@ def _varcli_norm_forward(
     stream_ptr, branch_ptr, bias_ptr, gate_ptr, scale_ptr, shift_ptr,
     out_ptr, normed_ptr, mean_ptr, inverse_ptr, rounded_ptr, row_scale_ptr,
     gate_stride, scale_stride, shift_stride, length, eps,
-    HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, ROUNDS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, KEEPS: tl.constexpr, ROUNDS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
@@ -51,10 +51,11 @@ def _varcli_norm_forward(
         mean = tl.sum(x, axis=0) / WIDTH
         centred = tl.where(inside, x - mean, 0.0)
         inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / WIDTH + eps)
-        tl.store(mean_ptr + token, mean)
-        tl.store(inverse_ptr + token, inverse)
-        normed = (centred * inverse * scale + shift).to(normed_ptr.dtype.element_ty)
-        tl.store(normed_ptr + token * WIDTH + columns, normed, mask=inside)
+        normed = (centred * inverse * scale + shift).to(out_ptr.dtype.element_ty)
+        if KEEPS:
+            tl.store(mean_ptr + token, mean)
+            tl.store(inverse_ptr + token, inverse)
+            tl.store(normed_ptr + token * WIDTH + columns, normed, mask=inside)
         if ROUNDS:
             normed = tl.where(inside, normed.to(tl.float32), 0.0)
             size = row_scale(tl.max(tl.abs(normed), axis=0))
@@ -130,16 +131,19 @@ def launch_forward(
     eps: float,
     rounded_NC: Tensor | None = None,
     row_scales_N1: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keeps: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return the stream with the gated branch added, its modulated norm, and mean and inverse deviation (B, L), float32.
 
     Without a branch the first is the stream itself. bias_C: of the branch, where it is not in it yet. rounded_NC,
-    row_scales_N1: where the norm's rows are to be written in FP8, and their scales.
+    row_scales_N1: where the norm's rows are to be written in FP8, and their scales; without `keeps` nothing else is of it.
     """
     stream_BLC = stream_BLC.contiguous()
     batch, length, width = stream_BLC.shape
-    normed = torch.empty_like(stream_BLC)
-    mean, inverse = (torch.empty(batch, length, dtype=torch.float32, device=stream_BLC.device) for _ in range(2))
+    normed = mean = inverse = None
+    if keeps:
+        normed = torch.empty_like(stream_BLC)
+        mean, inverse = (torch.empty(batch, length, dtype=torch.float32, device=stream_BLC.device) for _ in range(2))
     scale_B1C, shift_B1C = _dense_rows(scale_B1C), _dense_rows(shift_B1C)
     out = stream_BLC
     if branch_BLC is not None:
@@ -166,6 +170,7 @@ def launch_forward(
             eps,
             HAS_BRANCH=branch_BLC is not None,
             HAS_BIAS=bias_C is not None,
+            KEEPS=keeps,
             ROUNDS=rounded_NC is not None,
             WIDTH=width,
             BLOCK=block,

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varcli.kernels.fp8 import Rounded, fp8_product
+from varcli.kernels.fp8 import Rounded, fp8_product, round_rows
+from varcli.kernels.fp8_rows import Rows, plain_rows, rows_product, to_rows
 from varcli.kernels.qk import normalize_into, normalized_steps
 from varcli.transformer.base import TransformerConfig
 
@@ -37,26 +38,55 @@ class BlockLinear(nn.Linear):
 
     fp8 = False
 
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.register_buffer("scales_N1", None, persistent=False)  # of the weight's rows, once they are kept in FP8
 
-def linear(layer: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Apply a linear layer in the precision of its weights, or in autocast's if that is on. bias: in place of its own."""
+    def keep_in_fp8(self, device: torch.device | None = None) -> None:
+        """Round the weight's rows to FP8 on `device` and keep them alone, a byte a weight; the bias becomes bfloat16.
+
+        From then on products are taken in FP8, in eval mode too, and nothing has gradients.
+        """
+        rows_NK, self.scales_N1 = round_rows(self.weight.detach().to(device))
+        self.weight = nn.Parameter(rows_NK, requires_grad=False)
+        if self.bias is not None:
+            self.bias = nn.Parameter(self.bias.detach().to(device, torch.bfloat16), requires_grad=False)
+
+
+def linear(layer: nn.Linear, x: Tensor | Rows, bias: Tensor | None = None) -> Tensor:
+    """Apply a linear layer in the precision of its weights, or in autocast's if that is on. bias: in place of its own.
+
+    x: see `product`.
+    """
     bias = layer.bias if bias is None else bias
-    if not is_in_fp8(layer):
-        return F.linear(x.to(layer.weight.dtype), layer.weight, bias)
+    if is_kept_in_fp8(layer):
+        x = x if isinstance(x, Rows) else plain_rows(x)
+    elif not is_in_fp8(layer):
+        return F.linear(x.to(layer.weight.dtype), layer.weight, None if bias is None else bias.to(layer.weight.dtype))
     y = product(layer, x)
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def product(layer: nn.Linear, x: Tensor | Rounded) -> Tensor:
-    """Apply a linear layer as `linear` does, without its bias. x: `Rounded` only where `is_in_fp8` is true of the layer."""
+def product(layer: nn.Linear, x: Tensor | Rounded | Rows) -> Tensor:
+    """Apply a linear layer as `linear` does, without its bias.
+
+    x: `Rounded` only where `is_in_fp8` is true of the layer, `Rows` only where `is_kept_in_fp8` is.
+    """
+    if is_kept_in_fp8(layer):
+        return rows_product(x if isinstance(x, Rows) else to_rows(x), layer.weight, layer.scales_N1)
     if is_in_fp8(layer):
         return fp8_product(x, layer.weight)
     return F.linear(x.to(layer.weight.dtype), layer.weight)
 
 
 def is_in_fp8(layer: nn.Linear) -> bool:
-    """Whether a layer's products are taken in FP8 now."""
+    """Whether a layer that trains has its products taken in FP8 now."""
     return isinstance(layer, BlockLinear) and layer.fp8 and layer.training
+
+
+def is_kept_in_fp8(layer: nn.Linear) -> bool:
+    """Whether a layer's weight is kept in FP8 alone."""
+    return isinstance(layer, BlockLinear) and layer.scales_N1 is not None
 
 
 def unit_length(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
@@ -107,19 +137,18 @@ class SelfAttention(nn.Module):
         self.proj = BlockLinear(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def project(self, x_BlC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, (B, n, l, d) each."""
-        batch, length, _ = x_BlC.shape
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)).to(self.qkv.weight.dtype)
+    def project(self, x_BlC: Tensor | Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, (B, n, l, d) each. x: see `product`."""
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = linear(self.qkv, x_BlC, bias)
-        q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if self.log_scale is not None:
             # the cap has no gradient above it: a head that reaches it stays there unless decay moves it
             q = unit_length(q, self.log_scale.float().clamp_max(_MAX_LOG_SCALE).exp()).to(v.dtype)
             k = unit_length(k).to(v.dtype)
         return q, k, v
 
-    def attend_steps(self, x_BLC: Tensor | Rounded, step_lengths: tuple[int, ...]) -> Tensor:
+    def attend_steps(self, x_BLC: Tensor | Rounded | Rows, step_lengths: tuple[int, ...]) -> Tensor:
         """`project`, then `attend_by_step`, for all L tokens, with what stands between the products in `varcli.kernels`."""
         if self.log_scale is None:
             x_BLC = x_BLC.whole if isinstance(x_BLC, Rounded) else x_BLC
@@ -129,17 +158,17 @@ class SelfAttention(nn.Module):
             normalized_steps(product(self.qkv, x_BLC), *learned, _MAX_LOG_SCALE, step_lengths), self.softmax_scale
         )
 
-    def attend_cached(self, x_BlC: Tensor, cache: LayerCache, start: int) -> Tensor:
+    def attend_cached(self, x_BlC: Tensor | Rows, cache: LayerCache, start: int) -> Tensor:
         """`attend_steps` for the tokens of one step, from position `start` on, whose keys and values join the cache."""
-        length = x_BlC.shape[1]
-        k_Bnld, v_Bnld = cache.place(start, length)
         if self.log_scale is None:
             q, k, v = self.project(x_BlC)
-            k_Bnld.copy_(k)
-            v_Bnld.copy_(v)
+            length = q.shape[2]
+            for room, part in zip(cache.place(start, length), (k, v), strict=True):
+                room.copy_(part)
         else:
-            learned = (self.q_bias, self.v_bias, self.log_scale)
-            q = normalize_into(product(self.qkv, x_BlC), *learned, _MAX_LOG_SCALE, k_Bnld, v_Bnld)
+            qkv, learned = product(self.qkv, x_BlC), (self.q_bias, self.v_bias, self.log_scale)
+            length = qkv.shape[1]
+            q = normalize_into(qkv, *learned, _MAX_LOG_SCALE, *cache.place(start, length))
         return attend_by_step(q, *cache.until(start + length), (length,), self.softmax_scale)
 
     def join(self, y_BlC: Tensor) -> Tensor:

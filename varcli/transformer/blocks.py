@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from varcli.kernels.fp8 import Rounded
 from varcli.kernels.fp8_gelu import fp8_feed_forward
 from varcli.kernels.fp8_norm import rounded_gated_norm
+from varcli.kernels.fp8_rows import Rows, gelu_to_rows, norm_to_rows
 from varcli.kernels.gelu import linear_gelu
 from varcli.kernels.norm import gated_norm, norm
 from varcli.transformer.attention import (
@@ -21,6 +22,7 @@ from varcli.transformer.attention import (
     SelfAttention,
     attend_by_step,
     is_in_fp8,
+    is_kept_in_fp8,
     linear,
     product,
 )
@@ -50,11 +52,14 @@ class Stream(NamedTuple):
 
     def enter(
         self, scale_B1C: Tensor, shift_B1C: Tensor, eps: float, reader: nn.Linear | None = None
-    ) -> tuple[Tensor, Tensor | Rounded]:
+    ) -> tuple[Tensor, Tensor | Rounded | Rows]:
         """Return the stream with its branch added, and the modulated norm of that.
 
-        reader: the layer that the norm is for; if that is in FP8, the norm comes with its rows.
+        reader: the layer that the norm is for; if that is in FP8, the norm comes with its rows, or as these alone where the
+        layer's weight is kept in FP8.
         """
+        if reader is not None and is_kept_in_fp8(reader):
+            return norm_to_rows(*self, scale_B1C, shift_B1C, eps)
         if self.branch_BLC is None:
             return self.x_BLC, norm(self.x_BLC, scale_B1C, shift_B1C, eps)
         if reader is not None and is_in_fp8(reader) and self.x_BLC.dtype == torch.bfloat16:
@@ -153,7 +158,7 @@ class Block(nn.Module):
         self,
         stream: Stream,
         modulation_B16C: Tensor,
-        attend: Callable[[Tensor | Rounded], Tensor],
+        attend: Callable[[Tensor | Rounded | Rows], Tensor],
         branches_2B: Tensor | None = None,
     ) -> Stream:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
@@ -166,11 +171,14 @@ class Block(nn.Module):
             inner = (layers.fc1.weight, layers.fc1.bias)
             y_BlC = fp8_feed_forward(normed_BlC, *inner, layers.fc2.weight)
             return Stream(x_BlC, *_drop_out(layers.dropout, y_BlC, layers.fc2.bias), gamma2)
-        y_BlH = linear_gelu(normed_BlC, layers.fc1.weight, layers.fc1.bias)
+        if is_kept_in_fp8(layers.fc1):
+            y_BlH = gelu_to_rows(product(layers.fc1, normed_BlC), layers.fc1.bias)
+        else:
+            y_BlH = linear_gelu(normed_BlC, layers.fc1.weight, layers.fc1.bias)
         return Stream(x_BlC, *_last_product(layers.fc2, layers.dropout, y_BlH), gamma2)
 
 
-def _last_product(layer: nn.Linear, dropout: nn.Dropout, x_BLC: Tensor) -> tuple[Tensor, Tensor | None]:
+def _last_product(layer: nn.Linear, dropout: nn.Dropout, x_BLC: Tensor | Rows) -> tuple[Tensor, Tensor | None]:
     """Return a branch and its bias, which is left to whom adds the branch unless dropout comes in between."""
     if dropout.training and dropout.p > 0:
         return dropout(linear(layer, x_BLC)), None

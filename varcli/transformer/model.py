@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from varcli.kernels.cross_entropy import linear_cross_entropy
 from varcli.shapes import check_shape
-from varcli.transformer.attention import BlockLinear, LayerCache, attend_by_step, linear
+from varcli.transformer.attention import BlockLinear, LayerCache, attend_by_step, is_kept_in_fp8, linear
 from varcli.transformer.base import TransformerConfig
 from varcli.transformer.blocks import Block, Condition, Stream, cached_queries, modulated_norm
 
@@ -265,11 +265,27 @@ class Transformer(nn.Module):
     def keep_products_in(self, dtype: torch.dtype) -> None:
         """Keep the weights of matrix products in half precision: what autocast computes, without its copies.
 
-        The input projection, embeddings, temperatures and the biases of queries and values stay float32.
+        The input projection, embeddings, temperatures and the biases of queries and values stay float32. What
+        `keep_in_fp8` has rounded stays so.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear) and module is not self.input_projection:
+            if isinstance(module, nn.Linear) and module is not self.input_projection and not is_kept_in_fp8(module):
                 module.to(dtype)
+
+    def keep_in_fp8(self, device: torch.device | None = None) -> None:
+        """Keep the weights of each block's four large products in FP8 alone, for products in FP8; the rest as for bfloat16.
+
+        The weights are rounded on `device` and stay there. For sampling: nothing of it has gradients.
+        """
+        for module in self.modules():
+            if isinstance(module, BlockLinear):
+                module.keep_in_fp8(device)
+        self.keep_products_in(torch.bfloat16)
+
+    @property
+    def is_kept_in_fp8(self) -> bool:
+        """Whether `keep_in_fp8` was called."""
+        return is_kept_in_fp8(self.blocks[0].attention.qkv)
 
     def train_in_fp8(self) -> None:
         """Take the four large products of each block in FP8 while training (`varcli.kernels.fp8`); eval mode does not."""

@@ -13,7 +13,8 @@ from varcli.artifacts.manifest import Manifest, write_manifest
 from varcli.artifacts.verify import read_checked_tensors, read_manifest, require_finite
 from varcli.artifacts.weights import load_state, without_weights
 from varcli.artifacts.write import prepare_folder, write_tensors
-from varcli.errors import ArtifactError
+from varcli.errors import ArtifactError, ConfigError
+from varcli.kernels.fp8 import require_fp8
 from varcli.transformer.base import TransformerConfig
 from varcli.transformer.model import Transformer
 
@@ -29,8 +30,10 @@ def save_transformer(
     info: JSON values for the manifest; "tokenizer" (fingerprint of the tokenizer whose codes it predicts),
     "patch_nums" and "order" must be there, "classes" (names by index) and others may.
     dtype: storage type of the weights, e.g. torch.float16 for half the size; None keeps theirs.
-    Raises ArtifactError if the folder cannot be written.
+    Raises ArtifactError if the folder cannot be written, ConfigError for a model that is kept in FP8.
     """
+    if model.is_kept_in_fp8:
+        raise ConfigError("a transformer whose weights were rounded to FP8 is not saved", "load it without fp8")
     missing = [key for key in ("tokenizer", "patch_nums", "order") if key not in info]
     assert not missing, f"a transformer's manifest needs {missing}"
     state = {name: tensor.detach().to("cpu", dtype or tensor.dtype) for name, tensor in model.state_dict().items()}
@@ -40,22 +43,28 @@ def save_transformer(
 
 
 def load_transformer(
-    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, fp8: bool = False
 ) -> tuple[Transformer, Manifest]:
     """Read a transformer folder, ready for inference, with its manifest.
 
     dtype: what matrix products are computed in, see `Transformer.keep_products_in`; the device never holds more.
-    Raises ArtifactError (IntegrityError for changed bytes) if it is not whole or its weights do not fit its config.
+    fp8: those of the blocks are computed in FP8 beside it, see `Transformer.keep_in_fp8`.
+    Raises ArtifactError (IntegrityError for changed bytes) if it is not whole or its weights do not fit its config,
+    ConfigError where there is no FP8.
     """
     manifest = read_manifest(folder, KIND)
     if "config" not in manifest.info:
         raise ArtifactError(f"the manifest of `{folder}` has no config", "it was edited; restore it from a copy")
     config = configs.from_dict(TransformerConfig, manifest.info["config"])
+    if fp8:
+        require_fp8(torch.device(device), dtype, config.width, config.hidden_width)
     state = read_checked_tensors(folder, WEIGHTS_NAME, manifest)
     require_finite(state, f"`{folder}`")
     with without_weights():
         model = Transformer(config)
     load_state(model, {name: tensor.float() for name, tensor in state.items()}, folder, assign=True)
-    if dtype != torch.float32:
+    if fp8:
+        model.keep_in_fp8(torch.device(device))
+    elif dtype != torch.float32:
         model.keep_products_in(dtype)
     return model.to(device).eval().requires_grad_(False), manifest
