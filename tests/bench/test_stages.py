@@ -116,7 +116,23 @@ def test_fp8_is_refused_before_anything_is_measured_where_there_is_none():
     config = BenchConfig(depth=1, scales="1,2", tokenizer_width=32, batch_sizes=(1,), repeats=1, device="cpu", fp8=True)
     with pytest.raises(ConfigError, match="fp8 needs an NVIDIA GPU"):
         run_bench("all", config)
+    with pytest.raises(ConfigError, match="fp8 needs an NVIDIA GPU"):
+        run_bench("sample", config)
     assert not run_bench("tokenize", config).measurements[0].is_fp8
+
+
+def test_fp8_is_told_of_what_it_changes_alone(monkeypatch):
+    monkeypatch.setattr(stages, "require_fp8", lambda *sizes: None)  # a CPU computes the formulas
+    config = BenchConfig(depth=1, scales="1,2", tokenizer_width=32, batch_sizes=(1,), repeats=1, device="cpu", fp8=True)
+    result = run_bench("all", replace(config, precision="bf16"))
+    told = {entry.stage: entry.is_fp8 for entry in result.measurements}
+    assert told == {
+        "tokenize": False,
+        "train": True,
+        "sample": True,
+        "sample: transformer": True,
+        "sample: decoder": False,
+    }
 
 
 def test_a_profile_accounts_for_the_time_of_a_batch():

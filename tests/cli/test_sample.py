@@ -153,6 +153,35 @@ def test_rejection_is_told_in_the_manifest_and_by_eval(model, tiny_images, tiny_
     assert "(-re: 1/2 of the candidates kept)" in page.read_text()
 
 
+def test_products_in_fp8_are_told_in_the_manifest_and_by_eval(model, tiny_images, tmp_path, monkeypatch):
+    monkeypatch.setattr("varcli.transformer.store.require_fp8", lambda *sizes: None)  # a CPU computes the formulas
+    common = [
+        "sample",
+        "--model",
+        model,
+        "--classes",
+        "all",
+        "--per-class",
+        2,
+        "--device",
+        "cpu",
+        "--precision",
+        "bf16",
+    ]
+    done = run(*common, "--fp8", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert read_manifest(tmp_path / "out").info["fp8"] is True
+    mixed = run(*common, "--out", tmp_path / "out")
+    assert mixed.exit_code == 1 and "other settings: fp8 differ" in mixed.output
+    assert run(*common, "--out", tmp_path / "plain").exit_code == 0
+    for folder, is_marked in (("out", True), ("plain", False)):
+        told = run(
+            "eval", tmp_path / folder, "--ref", tiny_images, "--device", "cpu", "--no-keep", "--features", "lite0"
+        )
+        assert told.exit_code == 0, told.output
+        assert ("-fp8: drawn with products in FP8" in told.stdout) == is_marked
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -171,6 +200,7 @@ def test_rejection_is_told_in_the_manifest_and_by_eval(model, tiny_images, tiny_
         (["--reject", "1/2"], "does not say which"),
         (["--classes", "all", "--class", "apple"], "one of them"),
         (["--device", "cuda:99"], "cuda"),
+        (["--device", "cpu", "--fp8"], "fp8 needs an NVIDIA GPU"),
     ],
 )
 def test_bad_input_is_one_clear_error(model, tmp_path, arguments, said):

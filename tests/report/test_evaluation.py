@@ -129,6 +129,15 @@ def test_unequal_classes_are_drawn(tmp_path, counts, words, has_bars):
     assert page.tags.count("rect") == (2 if has_bars else 0)
 
 
+def test_samples_are_marked_with_how_they_came_about(tmp_path):
+    settings = {"reject": "1/4", "fp8": True}
+    result = replace(RESULT, samples={**RESULT.samples, "path": "mine", "settings": settings})
+    assert (result.mark, replace(RESULT, samples={"path": "mine", "count": 3}).mark) == ("-re-fp8", "")
+    page = page_of(tmp_path, samples=result.samples)
+    assert "mine (-re: 1/4 of the candidates kept; -fp8: drawn with products in FP8)" in " ".join(page.texts)
+    assert any("mine-re-fp8" in row for row in page.rows)
+
+
 @pytest.mark.parametrize("changes", [{"published": ()}, {"reference": None, "floor": {}, "floor_images": None}])
 def test_parts_that_are_missing_are_left_out(tmp_path, changes):
     page = page_of(tmp_path, warnings=(), skipped={}, **changes)

@@ -178,6 +178,31 @@ def test_memory_of_a_batch_is_what_its_tensors_add_up_to(monkeypatch):
     assert choose_decode_chunk(67, TokenizerConfig(), torch.bfloat16, gpu) == 32
 
 
+@torch.no_grad()
+def test_a_model_in_fp8_samples_in_bf16_and_fp8_alone(generator, codes):
+    expected = logits_along(generator, SampleConfig(precision="bf16"), codes)
+    generator.transformer.keep_in_fp8()
+    found = logits_along(generator, SampleConfig(), codes)
+    for (wanted, _), (other, _) in zip(expected, found, strict=True):
+        assert other.dtype == torch.bfloat16
+        assert 0 < (other - wanted).float().norm() < 0.3 * wanted.float().norm()
+    with pytest.raises(ConfigError, match="loaded in bf16, but precision is fp16"):
+        generator.sample([0], precision="fp16")
+    whole = generator.sample([0, 1, 2], batch_size=3)
+    assert whole.shape == (3, 3, 32, 32) and torch.equal(whole, generator.sample([0, 1, 2]))
+
+
+@pytest.mark.gpu
+def test_a_captured_batch_in_fp8_gives_the_pictures_of_an_uncaptured_one(generator):
+    generator.transformer.keep_in_fp8()
+    model = Generator(generator.tokenizer.cuda(), generator.transformer.cuda())
+    assert model.transformer.kernels == "triton"
+    expected = torch.cat([model.sample([0] * 8, range(start, start + 8)) for start in range(0, 32, 8)])
+    found = model.sample([0] * 32, range(32), batch_size=8)
+    assert model._engine is not None
+    assert ((found == expected).flatten(1).float().mean(dim=1) > 0.99).float().mean().item() > 0.9
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("smooth", [False, True])
 def test_a_captured_batch_gives_the_pictures_of_an_uncaptured_one(generator, smooth):

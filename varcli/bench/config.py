@@ -28,7 +28,7 @@ class BenchConfig:
     precision: str = "auto"  # auto, fp32, bf16 or fp16
     compile: bool = False  # torch.compile what runs often
     kernels: tuple[str, ...] = ("auto",)  # train: auto, torch or triton, one measurement each
-    fp8: bool = False  # train: the blocks' large products in FP8
+    fp8: bool = False  # train, sample: the blocks' large products in FP8
     profile: bool = False  # also where the time goes, kernel by kernel
     repeats: int = 5  # timed runs, of which the median counts
     device: str = "auto"  # auto, cpu, cuda or mps

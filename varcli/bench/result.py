@@ -27,7 +27,7 @@ class Measurement:
     precision: str  # fp32, bf16 or fp16
     is_compiled: bool  # whether torch.compile was at work
     kernels: str | None = None  # train: torch or triton
-    is_fp8: bool = False  # train: whether the blocks' large products were in FP8
+    is_fp8: bool = False  # whether the blocks' large products were in FP8
     model: dict[str, Any] = field(default_factory=dict)  # what ran: its sizes
     details: dict[str, Any] = field(default_factory=dict)  # further numbers of this stage alone
     profile: tuple[KernelTime, ...] = ()  # where the time went, if that was asked for

@@ -31,7 +31,9 @@ def sampling_stage(
     with torch.device(device):  # where weights are drawn fastest
         tokenizer = VQVAE(config.tokenizer).eval().requires_grad_(False)
         transformer = Transformer(config.transformer).eval().requires_grad_(False)
-    if dtype != torch.float32:
+    if config.fp8:
+        transformer.keep_in_fp8()
+    elif dtype != torch.float32:
         transformer.keep_products_in(dtype)
     generator = Generator(tokenizer.to(device), transformer.to(device))
     if config.compile:

@@ -17,7 +17,7 @@ from varcli.bench.counting import encoding_flops
 from varcli.bench.files import FILES, measure_files
 from varcli.bench.profile import profile_kernels
 from varcli.bench.result import BenchResult, Measurement
-from varcli.bench.sampling import sampling_stage
+from varcli.bench.sampling import TRANSFORMER, sampling_stage
 from varcli.bench.tokenizer_training import tokenizer_training_stage
 from varcli.devices import precision_name, resolve_device, resolve_precision
 from varcli.errors import MemoryLimitError, unknown_name
@@ -34,6 +34,7 @@ from varcli.training.optim import Updater, build_adamw
 from varcli.training.schedules import Schedule
 from varcli.transformer import Transformer, drop_branches
 
+_IN_FP8 = {"train", "sample", TRANSFORMER}  # what --fp8 changes
 _IN_A_ROW = 4  # training steps that are timed together, as a trainer does not wait for the device between them
 
 
@@ -55,7 +56,7 @@ def run_bench(
     dtype = resolve_precision(config.precision, device)
     choices = [resolve_kernels(kernels, device) for kernels in config.kernels]
     names = list(ALL) if stage == "all" else [stage]
-    is_fp8 = config.fp8 and "train" in names
+    is_fp8 = config.fp8 and not _IN_FP8.isdisjoint(names)
     if is_fp8:
         require_fp8(device, dtype, config.transformer.width, config.transformer.hidden_width)
     ceiling = measure_ceiling(device, dtype)
@@ -76,7 +77,7 @@ def run_bench(
                 measurements = measure_files(size, chosen, device, dtype, ceiling, on_step)
             else:
                 measurements = [
-                    replace(measurement, kernels=kernels, is_fp8=is_fp8 and name == "train")
+                    replace(measurement, kernels=kernels, is_fp8=is_fp8 and measurement.stage in _IN_FP8)
                     for measurement in _measure(name, size, chosen, device, dtype, ceiling)
                 ]
         except torch.OutOfMemoryError:

@@ -44,7 +44,7 @@ def bench(
     kernels: Annotated[
         list[str] | None, Option("--kernels", help="train: auto, torch or triton; repeat it to compare. Default: auto.")
     ] = None,
-    fp8: Annotated[bool, Option("--fp8", help="train: large products in FP8, from H100 or L40S on.")] = False,
+    fp8: Annotated[bool, Option("--fp8", help="train, sample: large products in FP8, from H100 or L40S on.")] = False,
     profile: Annotated[bool, Option("--profile", help="Also show where the time goes, kernel by kernel.")] = False,
     repeats: Annotated[int, Option("--repeats", help="Timed runs; the median counts.")] = 5,
     count: Annotated[

@@ -212,8 +212,8 @@ def show(result: Any) -> None:
         ("metric", "samples", "real images", "better") if result.floor else ("metric", "samples", "better"), rows
     )
     console.result("")
-    kept = f"; -re: {result.rejection} of the candidates kept" if result.rejection else ""
-    console.result(f"samples:     {images(result.samples)}{kept}")
+    marks = "".join(f"; {mark}: {reason}" for mark, reason in result.marks.items())
+    console.result(f"samples:     {images(result.samples)}{marks}")
     if result.reference is not None:
         console.result(f"reference:   {images(result.reference)}")
     if result.floor:

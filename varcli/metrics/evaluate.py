@@ -35,6 +35,7 @@ from varcli.metrics.sources import ImageSource
 from varcli.metrics.statistics import Statistics
 from varcli.progress import OnStep, Step, ignore
 
+_MARKED = ("reject", "fp8")  # None where they are off
 _SETTINGS = (
     "model",
     "tokenizer",
@@ -47,7 +48,7 @@ _SETTINGS = (
     "precision",
     "guidance",
     "transformer",
-    "reject",
+    *_MARKED,
 )
 _SHUFFLE_SEED = 0  # of the order in which the Inception Score reads a folder, and of the halves of a reference
 
@@ -367,8 +368,7 @@ def _describe_samples(opened: Samples) -> dict[str, Any]:
     """What the samples' manifest says of how they were drawn, and how many there are of each class."""
     info, described = opened.info or {}, dict[str, Any]()
     settings = {name: info[name] for name in _SETTINGS if name in info}
-    if settings.get("reject") is None:
-        settings.pop("reject", None)
+    settings = {name: value for name, value in settings.items() if value is not None or name not in _MARKED}
     if settings:
         described["settings"] = settings
     if opened.images is not None and opened.images.labels is not None:

@@ -55,14 +55,19 @@ class EvalResult:
     class_counts: dict[str, int] = field(default_factory=dict)  # samples of each class, where the classes are known
 
     @property
-    def rejection(self) -> str | None:
-        """K/N where the samples are the K of N candidates that a classifier liked best, which names are marked "-re" for."""
-        return self.samples.get("settings", {}).get("reject")
+    def marks(self) -> dict[str, str]:
+        """What goes behind the name of these samples, and why: "-re" after rejection sampling, "-fp8" for products in FP8."""
+        settings, marks = self.samples.get("settings", {}), {}
+        if settings.get("reject"):  # K/N, of the candidates that a classifier liked best
+            marks["-re"] = f"{settings['reject']} of the candidates kept"
+        if settings.get("fp8"):
+            marks["-fp8"] = "drawn with products in FP8"
+        return marks
 
     @property
     def mark(self) -> str:
-        """What goes behind the name of these samples: "-re" after rejection sampling."""
-        return "-re" if self.rejection else ""
+        """All `marks` in a row."""
+        return "".join(self.marks)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object: each number under its own name, the rest beside them; no pictures."""

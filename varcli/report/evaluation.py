@@ -84,7 +84,8 @@ def _headline(result: EvalResult) -> str:
 
 
 def _marked(result: EvalResult) -> str:
-    return f" ({result.mark}: {result.rejection} of the candidates kept)" if result.mark else ""
+    reasons = "; ".join(f"{mark}: {reason}" for mark, reason in result.marks.items())
+    return f" ({reasons})" if reasons else ""
 
 
 def _metrics(result: EvalResult) -> str:

@@ -77,14 +77,20 @@ class Generator:
         self._engine_key: tuple[SampleConfig, int] | None = None
 
     @classmethod
-    def load(cls, name: str | Path | None = None, device: str = "auto", precision: str = "auto") -> Generator:
+    def load(
+        cls, name: str | Path | None = None, device: str = "auto", precision: str = "auto", fp8: bool = False
+    ) -> Generator:
         """Load a model or run by path or name; None takes the newest run in runs/, else the one that comes with varcli.
 
         precision: of `SampleConfig`; in half precision the transformer takes half the memory, and samples in that alone.
-        Raises ArtifactError if there is none, it is damaged, or tokenizer and transformer do not belong together.
+        fp8: beside bf16, the weights of the large products are rounded to FP8, a quarter of the memory, and multiplied in it;
+        not yet measured on a GPU.
+        Raises ArtifactError if there is none, it is damaged, or tokenizer and transformer do not belong together;
+        ConfigError if the device has no FP8.
         """
         folder, where = find_model(name).folder, resolve_device(device)
-        transformer, manifest = load_transformer(folder / "transformer", where, resolve_precision(precision, where))
+        dtype = resolve_precision(precision, where)
+        transformer, manifest = load_transformer(folder / "transformer", where, dtype, fp8)
         tokenizer = load_tokenizer(folder / "tokenizer", where)
         wanted, found = manifest.info.get("tokenizer"), tokenizer.fingerprint()
         if wanted is not None and wanted != found:
