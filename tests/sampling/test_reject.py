@@ -148,6 +148,14 @@ def test_a_scorer_learns_from_the_images_the_model_learned_from(tiny_images):
     torch.testing.assert_close(scores.exp().sum(dim=1), torch.ones(3))
 
 
+def test_fitting_is_told_before_it_starts_and_as_it_goes(tiny_images):
+    steps = []
+    make_scorer(ClassNames(("apple", "boat", "cat")), str(tiny_images), 32, torch.device("cpu"), on_step=steps.append)
+    assert steps[0].done == 0 and "fitting the classifier on" in steps[0].message
+    assert [step.done for step in steps] == sorted(step.done for step in steps) and len(steps) >= 4
+    assert steps[-1].done == steps[-1].total > 0 and {step.unit for step in steps} == {"training images"}
+
+
 @pytest.mark.parametrize(
     ("names", "source", "said"),
     [

@@ -74,7 +74,7 @@ def sample(
             "--reject",
             metavar="K/N",
             help="Draw N candidates for every K images, and keep those that a classifier finds likeliest to be of their "
-            "class; results are marked -re.",
+            "class; results are marked -re. Without ImageNet's classes it takes a pass over the training images first.",
             show_default=False,
         ),
     ] = None,
@@ -111,9 +111,9 @@ def sample(
     they are used, and told, where none is given.
 
     With several GPUs: torchrun --nproc-per-node 8 -m varcli sample ...; they
-    share the images, which are those of one: byte for byte on a CPU, on a GPU
-    up to what rounding changes. Some versions of torchrun take --n for an option
-    of theirs; --count is the same.
+    share the images, which are those of one: byte for byte on a CPU, with as many
+    threads each (OMP_NUM_THREADS), on a GPU up to what rounding changes. Some
+    versions of torchrun take --n for an option of theirs; --count is the same.
     """
     from varcli import config as configs
     from varcli.distributed import join_world

@@ -22,6 +22,7 @@ from varcli.devices import exact_convolutions
 from varcli.distributed import ALONE, World
 from varcli.errors import ConfigError
 from varcli.pretrained.lite0 import NUM_FEATURES, Lite0, load_lite0
+from varcli.progress import OnStep, Step, ignore
 
 _MOST_IMAGES = 20_000  # that a classifier learns from, spread evenly over the training images
 _MOST_HELD_OUT = 5_000
@@ -30,6 +31,7 @@ _BATCH = 16  # images at a time: on a CPU more of them leave the cache
 # of held-out drawings of emoji64, share right and cross entropy: 0.003 .695 1.31, 0.01 .699 1.10, 0.03 .692 1.00, 0.1 .675 .99
 _PENALTY = 0.03  # on squared weights
 _ITERATIONS = 200
+_UNIT = "training images"  # of progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +58,19 @@ class Scorer:
 
 
 def make_scorer(
-    classes: ClassNames, source: str | None, image_size: int, device: torch.device, world: World = ALONE
+    classes: ClassNames,
+    source: str | None,
+    image_size: int,
+    device: torch.device,
+    world: World = ALONE,
+    on_step: OnStep = ignore,
 ) -> Scorer:
     """Return the scorer of a model's classes.
 
     lite0's own thousand classes where they are ImageNet's; else a classifier fitted on the images that the model learned
     from. source: these images, as the model's manifest names them; emoji64's need no name. world: processes that all call
-    this; the first fits.
+    this; the first fits. on_step: told before it does, and how many images have gone through the network, which on a CPU
+    takes minutes.
     Raises ConfigError if the images are not known, not there, or of other classes.
     """
     network = load_lite0(device).to(memory_format=torch.channels_last)
@@ -81,9 +89,13 @@ def make_scorer(
     if world.is_first:
         with _open(classes, source) as tree:
             learned, held_out = _splits(tree)
-            features, labels = _read(network, learned, image_size, device)
+            count, total = learned.num_images, learned.num_images + held_out.num_images
+            text = f"fitting the classifier on {count:,} training image{'s'[: count != 1]}, once for this folder"
+            on_step(Step(0, total, _UNIT, message=text))
+            features, labels = _read(network, learned, image_size, device, 0, total, on_step)
             weight_KC, bias_K = fit(features, labels, len(classes))
-            features, labels = _read(network, held_out, image_size, device)
+            features, labels = _read(network, held_out, image_size, device, count, total, on_step)
+            on_step(Step(total, total, _UNIT))
             accuracy += (F.linear(features, weight_KC, bias_K).argmax(dim=1) == labels).double().mean()
     for tensor in (weight_KC, bias_K, accuracy):
         world.copy_first(tensor)
@@ -199,12 +211,16 @@ def _take(tree: ImageTree, split: Split, rows: np.ndarray) -> ImageTree:
     return ImageTree(tree.root, tree.classes, {"val": chosen})
 
 
-def _read(network: Lite0, tree: ImageTree, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return features and labels of all images of a tree that can be used."""
+def _read(
+    network: Lite0, tree: ImageTree, size: int, device: torch.device, done: int, total: int, on_step: OnStep
+) -> tuple[Tensor, Tensor]:
+    """Return features and labels of all images of a tree that can be used; `done` of `total` were read before it."""
     config = default_decode(tree, size)["val"]
     features, labels = [], []
     workers = 0 if len(tree.splits["val"]) < 2048 else None
     for batch in decode_images(tree, "val", config, workers=workers, batch_size=256):
         features.append(extract(network, batch.images, device))
         labels.append(torch.from_numpy(batch.labels))
+        done += len(batch.labels)
+        on_step(Step(min(done, total - 1), total, _UNIT))  # the last is told when all is done
     return torch.cat(features), torch.cat(labels)
