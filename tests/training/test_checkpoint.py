@@ -156,8 +156,26 @@ def test_another_process_waits_until_it_sees_the_first_ones_checkpoint(run):
     assert await_checkpoint(folder, manifest.digest, seconds=30) == (folder, manifest)
     timer.join()
     before = find_checkpoint(run)[0].with_name("step-0000015")
-    with pytest.raises(ArtifactError, match="does not see it"):
+    with pytest.raises(ArtifactError, match="does not see it: what is there is another checkpoint"):
         await_checkpoint(before, manifest.digest, seconds=0.1)
+    with pytest.raises(ArtifactError, match=r"does not see it: .*on-its-way"):
+        await_checkpoint(hidden, manifest.digest, seconds=0.1)
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_another_process_waits_for_a_file_that_arrives_after_the_manifest(run, is_cut):
+    folder, manifest = find_checkpoint(run)
+    name = max(manifest.files, key=lambda name: manifest.files[name].size)
+    hidden = (folder / name).rename(run / "on-its-way")
+    if is_cut:
+        (folder / name).write_bytes(hidden.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=f"does not see it: .*{name}"):
+        await_checkpoint(folder, manifest.digest, seconds=0.1)
+    timer = threading.Timer(0.5, lambda: hidden.replace(folder / name))
+    timer.start()
+    assert await_checkpoint(folder, manifest.digest, seconds=30) == (folder, manifest)
+    assert not hidden.exists()
+    timer.join()
 
 
 def test_what_the_first_process_tells_is_what_the_others_go_on_from(run):

@@ -11,7 +11,6 @@ and any number of processes, with shards or without, go on from what any other n
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -147,23 +146,34 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path, Manifest] | 
 
 
 def await_checkpoint(folder: Path, digest: str, seconds: float = _PATIENCE) -> tuple[Path, Manifest]:
-    """Return a checkpoint that another process of the job has found whole, as soon as this one sees it; nothing is hashed.
+    """Return a checkpoint that another process of the job has found whole, as soon as this one sees all its files.
 
     digest: of its manifest. Folders that hosts share may show others what is there, or what was there before, for a while.
-    Raises ArtifactError after `seconds`.
+    Files are known by their sizes; nothing is hashed. Raises ArtifactError after `seconds`, with what was still missing.
     """
     until = time.monotonic() + seconds
     while True:
-        with contextlib.suppress(ArtifactError):
+        try:
             manifest = read_manifest(folder, KIND)
-            if manifest.digest == digest:
+            missing = [name for name, entry in manifest.files.items() if _size(folder / name) != entry.size]
+            if manifest.digest == digest and not missing:
                 return folder, manifest
+            problem = f"not whole are {', '.join(missing)}" if missing else "what is there is another checkpoint"
+        except ArtifactError as error:
+            problem = str(error)
         if time.monotonic() >= until:
             raise ArtifactError(
-                f"the first process goes on from `{folder}`, but this one does not see it",
+                f"the first process goes on from `{folder}`, but this one does not see it: {problem}",
                 "all processes need the run folder: put it on a file system that the hosts share",
             )
         time.sleep(0.2)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:  # not there, or a stale handle of a shared file system
+        return None
 
 
 def load_checkpoint(folder: Path, manifest: Manifest, parts: Parts) -> None:
