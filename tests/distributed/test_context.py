@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ranks import run_ranks
 
-from varcli.distributed import ALONE, World, join_world
+from varcli.distributed import ALONE, World, context, join_world
 from varcli.distributed.context import have_own_gpus
 from varcli.errors import ConfigError
 
@@ -100,3 +101,19 @@ def test_gpus_are_ones_own_where_their_names_differ(gpus, own, monkeypatch):
 def test_gpus_of_a_process_that_never_starts_are_not_waited_for_without_end():
     with pytest.raises(RuntimeError, match="timed out"):
         have_own_gpus(torch.distributed.HashStore(), None, 2, timedelta(seconds=0.1))
+
+
+def test_processes_that_wait_for_a_late_one_ask_less_and_less_often(monkeypatch):
+    """The one store serves them all: half a minute costs it a hundred questions a process at most."""
+    store, clock, pauses = torch.distributed.HashStore(), [0.0], []
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        pauses.append(seconds)
+        if clock[0] > 30 and not store.check(["varcli/complete"]):
+            assert have_own_gpus(store, None, 2, timedelta(minutes=1)) is False  # the late one finds all there
+
+    monkeypatch.setattr(context, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0]))
+    assert have_own_gpus(store, None, 2, timedelta(minutes=1)) is False
+    assert pauses[0] < 0.05 and pauses == sorted(pauses) and max(pauses) == 0.5
+    assert len(pauses) < 100

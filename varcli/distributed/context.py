@@ -26,6 +26,7 @@ from varcli.errors import ConfigError, LostProcessError
 
 _TIMEOUT_MINUTES = "120"  # one process may decode, hash or compute alone for long while the others wait
 _EXCHANGE = re.compile(r"\b(gloo|nccl|connection (closed|reset)|timed out waiting)", re.IGNORECASE)
+_LONGEST_PAUSE = 0.5  # seconds between a process's looks for the others: thousands may ask the one store
 _LAST_WORDS = 1.0  # seconds that silent processes leave to the one that says what went wrong
 
 
@@ -173,12 +174,14 @@ def have_own_gpus(store: dist.Store, gpu: str | None, size: int, timeout: timede
     """
     if gpu is None or not dist.is_nccl_available() or store.add(f"varcli/gpu/{gpu}", 1) > 1:
         store.add("varcli/without", 1)
-    store.add("varcli/counted", 1)
-    until = time.monotonic() + timeout.total_seconds()
-    while store.add("varcli/counted", 0) < size:
+    if store.add("varcli/counted", 1) == size:
+        store.set("varcli/complete", "")
+    until, pause = time.monotonic() + timeout.total_seconds(), 0.02
+    while not store.check(["varcli/complete"]):  # a wait in the store would hold up the signs of life
         if time.monotonic() > until:
             raise RuntimeError("timed out waiting for the other processes to start")
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
     return store.add("varcli/without", 0) == 0
 
 
