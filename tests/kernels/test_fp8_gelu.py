@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from varcli.kernels.fp8_gelu import fp8_feed_forward, fp8_feed_forward_reference
 
@@ -33,6 +34,30 @@ def test_they_equal_what_is_taken_step_by_step(compiled, autocast):
     for actual, other in zip(found, expected, strict=True):
         assert actual.dtype == other.dtype
         assert torch.equal(actual, other)
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products that are computed while it is on."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.mm.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("learned", "products"), [((0,), 2), ((0, 2), 2), ((2,), 1), ((3,), 1), ((1, 2, 3), 3), ((0, 1, 2, 3), 4)]
+)
+def test_no_product_is_computed_for_what_is_frozen(learned, products):
+    """learned: which of features, first weight, bias and second weight have gradients, equal to those when all have."""
+    *given, grad = inputs()
+    expected = torch.autograd.grad(fp8_feed_forward(*given), given, grad)
+    y = fp8_feed_forward(*(tensor if at in learned else tensor.detach() for at, tensor in enumerate(given)))
+    with Products() as counted:
+        found = torch.autograd.grad(y, [given[at] for at in learned], grad)
+    assert counted.count == products
+    assert all(torch.equal(actual, expected[at]) for actual, at in zip(found, learned, strict=True))
 
 
 @pytest.mark.gpu

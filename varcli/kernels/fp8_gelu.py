@@ -38,12 +38,20 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight1, bias1, weight2, before, hidden = ctx.saved_tensors
-        grad_hidden = scaled_product(*round_rows(grad), *round_rows(weight2.t()))
-        grad_weight2 = (grad.t() @ hidden).to(weight2.dtype)
-        grad_before, grad_bias1, *rows = torch.ops.varcli.gelu_rows_backward(grad_hidden, before, bias1)
-        grad_x = scaled_product(*rows, *round_rows(weight1.t()))
-        grad_weight1 = (grad_before.t() @ x).to(weight1.dtype)
-        return grad_x, None, None, grad_weight1, grad_bias1.to(bias1.dtype), grad_weight2
+        needs_x, _, _, needs_weight1, needs_bias1, needs_weight2 = ctx.needs_input_grad
+        grad_x = grad_weight1 = grad_bias1 = grad_weight2 = None
+        if needs_weight2:
+            grad_weight2 = (grad.t() @ hidden).to(weight2.dtype)
+        if needs_x or needs_weight1 or needs_bias1:
+            grad_hidden = scaled_product(*round_rows(grad), *round_rows(weight2.t()))
+            grad_before, sums, *rows = torch.ops.varcli.gelu_rows_backward(grad_hidden, before, bias1)
+            if needs_x:
+                grad_x = scaled_product(*rows, *round_rows(weight1.t()))
+            if needs_weight1:
+                grad_weight1 = (grad_before.t() @ x).to(weight1.dtype)
+            if needs_bias1:
+                grad_bias1 = sums.to(bias1.dtype)
+        return grad_x, None, None, grad_weight1, grad_bias1, grad_weight2
 
 
 # -- the operators: Triton on CUDA, these formulas on a CPU -----------------------------------------------------------
