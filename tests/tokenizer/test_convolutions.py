@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from varcli.kernels.group_norm import channel_moments
-from varcli.tokenizer.convolutions import Downsample, ImageConv2d, Upsample
+from varcli.tokenizer.convolutions import Downsample, ImageConv2d, Upsample, is_half
 
 
 def assert_the_same(plain: torch.Tensor, other: torch.Tensor, wanted: list[torch.Tensor], **tolerance: float) -> None:
@@ -21,6 +21,13 @@ def assert_the_same(plain: torch.Tensor, other: torch.Tensor, wanted: list[torch
         torch.autograd.grad(plain, wanted, cotangent), torch.autograd.grad(other, wanted, cotangent), strict=True
     ):
         torch.testing.assert_close(found, expected, **tolerance)
+
+
+@pytest.mark.parametrize("has_autocast", [False, True])
+def test_float64_is_never_half_precision(has_autocast, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: has_autocast)
+    halves = {dtype for dtype in (torch.float64, torch.float32, torch.float16) if is_half(torch.empty(1, dtype=dtype))}
+    assert halves == {torch.float16} | ({torch.float32} if has_autocast else set())
 
 
 @pytest.mark.parametrize(("channels_in", "channels_out"), [(3, 20), (20, 3), (16, 16)])

@@ -13,7 +13,9 @@ _CHANNEL_MULTIPLE = 8  # of half-precision convolutions and products on tensor c
 
 def is_half(x: Tensor) -> bool:
     """Whether convolutions of `x` on CUDA are computed in half precision."""
-    return x.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
+    if x.dtype == torch.float32:
+        return torch.is_autocast_enabled("cuda")  # which leaves float64 as it is
+    return x.dtype in (torch.float16, torch.bfloat16)
 
 
 def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
