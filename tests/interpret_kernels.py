@@ -6,9 +6,14 @@ results to their relative distances, for float32 and bfloat16.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -28,6 +33,13 @@ from varcli.kernels import (
 from varcli.kernels.fp8 import round_rows
 
 CAP = math.log(100)
+
+
+@contextmanager
+def rows_spread(kernels: ModuleType, is_spread: bool) -> Iterator[None]:
+    """Take the path of few rows, spread one a program, as the shapes here are few; or that of many, as in training."""
+    with patch.object(kernels, "_FEW_ROWS", kernels._FEW_ROWS if is_spread else 0):
+        yield
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
@@ -186,13 +198,15 @@ def main() -> None:
     results = {}
     for dtype, several in ((torch.float32, True), (torch.bfloat16, False)):
         few = None if several else 1
-        for shape in ((2, 7, 96), (1, 67, 40), (1, 3, 2304))[:few]:
+        for shape, is_spread in itertools.product(((2, 7, 96), (1, 67, 40), (1, 3, 2304))[:few], (True, False)):
             for given in (2, 1, 0):
-                results[f"{dtype} norm {shape} {given}"] = measure_norm(*shape, given, dtype)
+                with rows_spread(norm_triton, is_spread):
+                    results[f"{dtype} norm {shape} {given} {is_spread}"] = measure_norm(*shape, given, dtype)
         for shape in ((2, (1, 4, 9), 3, 32), (1, (1, 4, 9, 30), 1, 24), (1, (140,), 1, 64))[:few]:
             results[f"{dtype} steps {shape}"] = measure_steps(*shape, dtype)
-        for shape in ((7, 96), (131, 40), (3, 1100))[:few]:
-            results[f"{dtype} gelu {shape}"] = measure_gelu(*shape, dtype)
+        for shape, is_spread in itertools.product(((7, 96), (131, 40), (3, 1100))[:few], (True, False)):
+            with rows_spread(gelu_triton, is_spread):
+                results[f"{dtype} gelu {shape} {is_spread}"] = measure_gelu(*shape, dtype)
         for shape in ((2, 289, 40), (1, 7, 160), (1, 600, 3))[:few]:
             results[f"{dtype} group norm {shape}"] = measure_group_norm(*shape, dtype)
     # the interpreter's products of bfloat16 are wrong

@@ -82,9 +82,8 @@ def _varcli_qk_backward(
     STARTS: tl.constexpr, ZEROS: tl.constexpr, ENDS: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    slot = tl.program_id(
-        0
-    )  # a head of q, of k or of v, as they lie in qkv: three kinds of programs with few registers each
+    # a head of q, of k or of v, as they lie in qkv: three kinds of programs with few registers each
+    slot = tl.program_id(0)
     head = slot % HEADS
     sample = tl.program_id(2).to(tl.int64)
     part = sample * tl.num_programs(1) + tl.program_id(1)
