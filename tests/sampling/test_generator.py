@@ -197,24 +197,30 @@ def test_a_captured_batch_in_fp8_gives_the_pictures_of_an_uncaptured_one(generat
     generator.transformer.keep_in_fp8()
     model = Generator(generator.tokenizer.cuda(), generator.transformer.cuda())
     assert model.transformer.kernels == "triton"
-    expected = torch.cat([model.sample([0] * 8, range(start, start + 8)) for start in range(0, 32, 8)])
+    expected = model.sample([0] * 24, range(24), batch_size=8)
+    assert model._engine is None  # three batches are too few to be captured
     found = model.sample([0] * 32, range(32), batch_size=8)
     assert model._engine is not None
-    assert ((found == expected).flatten(1).float().mean(dim=1) > 0.99).float().mean().item() > 0.9
+    assert ((found[:24] == expected).flatten(1).float().mean(dim=1) > 0.99).float().mean().item() > 0.9
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("smooth", [False, True])
 def test_a_captured_batch_gives_the_pictures_of_an_uncaptured_one(generator, smooth):
     model = Generator(generator.tokenizer.cuda(), generator.transformer.cuda())
-    classes = [0, 1, 2] * 11
-    parts = [range(start, min(start + 8, 33)) for start in range(0, 33, 8)]
-    expected = torch.cat([model.sample([classes[i] for i in part], part, smooth=smooth) for part in parts])
-    found = model.sample(classes, range(33), batch_size=8, smooth=smooth)  # five batches, the last one short: captured
+    classes = [0, 1, 2] * 13
+
+    def draw(start: int, end: int) -> torch.Tensor:
+        return model.sample(classes[start:end], range(start, end), batch_size=8, smooth=smooth)
+
+    # three batches, one of another size, one more: too few of one size in a row to be captured
+    first, short, last = draw(0, 24), draw(32, 39), draw(24, 32)
+    assert model._engine is None
+    found = draw(0, 39)  # five batches, the last one short: captured
     assert model._engine is not None
+    assert torch.equal(found[:32], torch.cat((first, last)))
     # products of another batch size round differently, which now and then draws another code
-    same = (found == expected).flatten(1).float().mean(dim=1) > 0.99
-    assert same.float().mean().item() > 0.9
+    assert ((found[32:] == short).flatten(1).float().mean(dim=1) > 0.99).float().mean().item() > 0.5
     again = model.sample(classes[8:16], range(8, 16), batch_size=8, smooth=smooth)  # another replay of the same graph
     assert torch.equal(again, found[8:16])
     other = model.sample(classes[:8], range(8), batch_size=8, smooth=smooth, seed=1)
