@@ -31,6 +31,7 @@ from varcli.kernels import (
     qk_triton,
 )
 from varcli.kernels.fp8 import round_rows
+from varcli.kernels.outputs import rows_like
 
 CAP = math.log(100)
 
@@ -79,7 +80,7 @@ def measure_norm(batch: int, length: int, width: int, given: int, dtype: torch.d
     if given == 2:
         pairs["bias"] = (grads[2][:, 3].sum(dim=0), wide[2].grad)
     rounded = measure_rows("normed", found.flatten(0, 1), *rows) if given == 2 else {}
-    alone = fp8_triton.room_for_rows(stream)
+    alone = rows_like(stream)
     lone = norm_triton.launch_forward(stream, *branches, scale, shift, 1e-6, *alone, keeps=False)
     pairs["out alone"] = (lone[0], out)
     rounded |= measure_rows("normed alone", found.flatten(0, 1), *alone)

@@ -45,7 +45,7 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_NC, weight_VC, bias_V, targets_N, label_smoothing, dtype, rows):
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(dtype, torch.float32)
         count, num_codes = len(h_NC), len(weight_VC)
         even = -(-count // -(-count // rows))  # pieces of one size, so that torch.compile meets few shapes
         with torch.autocast(h_NC.device.type, enabled=False):

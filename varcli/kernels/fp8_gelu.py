@@ -10,6 +10,7 @@ from torch import Tensor
 
 from varcli.kernels.fp8 import Rounded, fp8_product, round_rows, scaled_product, with_rows
 from varcli.kernels.gelu import biased_gelu
+from varcli.kernels.outputs import dense_like, rows_like
 
 
 def fp8_feed_forward(x: Tensor | Rounded, weight1_HC: Tensor, bias1_H: Tensor, weight2_CH: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ def _gelu_rows_cpu(before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 @_gelu_rows.register_fake
 def _gelu_rows_shapes(before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _dense_like(before), *_rows_like(before)
+    return dense_like(before), *rows_like(before)
 
 
 @torch.library.custom_op("varcli::gelu_rows_backward", mutates_args=(), device_types="cuda")
@@ -91,13 +92,4 @@ def _gelu_rows_backward_cpu(grad: Tensor, before: Tensor, bias: Tensor) -> tuple
 @_gelu_rows_backward.register_fake
 def _gelu_rows_backward_shapes(grad: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_bias = before.new_empty(before.shape[-1], dtype=torch.float32)
-    return _dense_like(before), grad_bias, *_rows_like(before)
-
-
-def _dense_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def _rows_like(before_MH: Tensor) -> tuple[Tensor, Tensor]:
-    rounded = before_MH.new_empty(before_MH.shape, dtype=torch.float8_e4m3fn)
-    return rounded, before_MH.new_empty((before_MH.shape[0], 1), dtype=torch.float32)
+    return dense_like(before), grad_bias, *rows_like(before)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from varcli.kernels.fp8 import Rounded, round_rows
 from varcli.kernels.norm import differentiate_gated_norm, keep_gated_norm
+from varcli.kernels.outputs import dense_like, rows_like
 
 
 def rounded_gated_norm(
@@ -30,7 +31,7 @@ def _gated_norm_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from varcli.kernels.norm_triton import launch_forward
 
-    rows = _rows_like(stream)
+    rows = rows_like(stream)
     return *launch_forward(stream, branch, bias, gate, scale, shift, eps, *rows), *rows
 
 
@@ -46,15 +47,8 @@ def _gated_norm_rows_cpu(
 def _gated_norm_rows_shapes(
     stream: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    out, normed = (torch.empty_like(stream, memory_format=torch.contiguous_format) for _ in range(2))
     mean, inverse = (stream.new_empty(stream.shape[:2], dtype=torch.float32) for _ in range(2))
-    return out, normed, mean, inverse, *_rows_like(stream)
-
-
-def _rows_like(stream_BLC: Tensor) -> tuple[Tensor, Tensor]:
-    num_rows = stream_BLC.shape[0] * stream_BLC.shape[1]
-    rows = stream_BLC.new_empty((num_rows, stream_BLC.shape[2]), dtype=torch.float8_e4m3fn)
-    return rows, stream_BLC.new_empty((num_rows, 1), dtype=torch.float32)
+    return dense_like(stream), dense_like(stream), mean, inverse, *rows_like(stream)
 
 
 def _keep(ctx, inputs, output) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from varcli.kernels.fp8 import round_rows, scaled_product
 from varcli.kernels.gelu import biased_gelu
 from varcli.kernels.norm import gated_norm, norm
+from varcli.kernels.outputs import rows_like
 
 
 class Rows(NamedTuple):
@@ -61,10 +62,9 @@ def norm_to_rows(
     The rows are those of the norm as it would be stored.
     """
     if stream_BLC.is_cuda:
-        from varcli.kernels.fp8_triton import room_for_rows
         from varcli.kernels.norm_triton import launch_forward
 
-        rows = room_for_rows(stream_BLC)
+        rows = rows_like(stream_BLC)
         vectors = (scale_B1C, shift_B1C, eps)
         out_BLC = launch_forward(stream_BLC, branch_BLC, bias_C, gate_B1C, *vectors, *rows, keeps=False)[0]
         return out_BLC, _shaped(*rows, stream_BLC)

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from varcli.kernels.outputs import rows_like
+
 _CHANNELS_A_WARP = 256  # 8 a thread: 16 bytes of bfloat16
 
 
@@ -30,7 +32,7 @@ def _varcli_round_rows(x_ptr, rounded_ptr, scale_ptr, WIDTH: tl.constexpr, BLOCK
 def launch_round(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row over its scale in FP8, (M, K), and the scales, (M, 1)."""
     x_MK = x_MK.contiguous()
-    rounded, scales = room_for_rows(x_MK)
+    rounded, scales = rows_like(x_MK)
     block = triton.next_power_of_2(x_MK.shape[1])
     with torch.cuda.device_of(x_MK):
         _varcli_round_rows[(len(x_MK),)](
@@ -42,10 +44,3 @@ def launch_round(x_MK: Tensor) -> tuple[Tensor, Tensor]:
             num_warps=min(16, max(1, block // _CHANNELS_A_WARP)),
         )
     return rounded, scales
-
-
-def room_for_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the rows of x (..., K) in FP8 will be, (M, K), and their scales, (M, 1)."""
-    x_MK = x.flatten(0, -2)
-    rounded = torch.empty(x_MK.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    return rounded, torch.empty(len(x_MK), 1, dtype=torch.float32, device=x.device)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varcli.kernels.outputs import dense_like, wide_dtype
+
 _ROOT = math.sqrt(2 / math.pi)
 _CUBE = 0.044715
 
@@ -43,14 +45,14 @@ def _biased_gelu(before: Tensor, bias: Tensor) -> Tensor:
 
 @_biased_gelu.register_kernel("cpu")
 def _biased_gelu_cpu(before: Tensor, bias: Tensor) -> Tensor:
-    wide = _wide(before)
+    wide = wide_dtype(before)
     result = F.gelu(before.to(wide) + bias.to(wide), approximate="tanh")
     return result.to(before.dtype, memory_format=torch.contiguous_format)
 
 
 @_biased_gelu.register_fake
 def _biased_gelu_shapes(before: Tensor, bias: Tensor) -> Tensor:
-    return torch.empty_like(before, memory_format=torch.contiguous_format)
+    return dense_like(before)
 
 
 @torch.library.custom_op("varcli::biased_gelu_backward", mutates_args=(), device_types="cuda")
@@ -62,7 +64,7 @@ def _biased_gelu_backward(grad: Tensor, before: Tensor, bias: Tensor) -> tuple[T
 
 @_biased_gelu_backward.register_kernel("cpu")
 def _biased_gelu_backward_cpu(grad: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    wide = _wide(before)
+    wide = wide_dtype(before)
     x = before.to(wide) + bias.to(wide)
     share = torch.sigmoid(2 * _ROOT * (x + _CUBE * x**3))  # 0.5 * (1 + tanh(u)) is sigmoid(2 * u)
     slope = 2 * _ROOT * (1 + 3 * _CUBE * x.square())
@@ -72,8 +74,7 @@ def _biased_gelu_backward_cpu(grad: Tensor, before: Tensor, bias: Tensor) -> tup
 
 @_biased_gelu_backward.register_fake
 def _biased_gelu_backward_shapes(grad: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    grad_before = torch.empty_like(before, memory_format=torch.contiguous_format)
-    return grad_before, before.new_empty(before.shape[-1], dtype=_wide(before))
+    return dense_like(before), before.new_empty(before.shape[-1], dtype=wide_dtype(before))
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -87,8 +88,3 @@ def _differentiate(ctx, grad):
 
 
 _biased_gelu.register_autograd(_differentiate, setup_context=_keep)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    """The dtype to compute in."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

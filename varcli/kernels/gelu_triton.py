@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from varcli.kernels.fp8_triton import room_for_rows, row_scale
+from varcli.kernels.fp8_triton import row_scale
+from varcli.kernels.outputs import rows_like
 
 _COLUMNS = 1024  # of a program, 8 neighbouring ones a thread: 16 bytes of bfloat16
 _TILE_ROWS = 2  # at once, so that more loads are on their way
@@ -89,7 +90,7 @@ def launch_forward(
     width = before.shape[-1]
     num_rows = before.numel() // width
     result = torch.empty_like(before) if keeps else None
-    rounded, scales = room_for_rows(before) if rounds else (None, None)
+    rounded, scales = rows_like(before) if rounds else (None, None)
     tile = _tile(width, rounds)
     rows = 1 if rounds and num_rows <= _FEW_ROWS else _FORWARD_ROWS
     with torch.cuda.device_of(before):
@@ -117,7 +118,7 @@ def launch_backward(
     width = before.shape[-1]
     num_rows = before.numel() // width
     grad_before = torch.empty_like(before)
-    rounded, scales = room_for_rows(before) if rounds else (None, None)
+    rounded, scales = rows_like(before) if rounds else (None, None)
     chunks = triton.cdiv(num_rows, _BACKWARD_ROWS)
     sums = torch.empty(chunks, width, dtype=torch.float32, device=before.device)
     tile = _tile(width, rounds)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varcli.kernels.outputs import wide_dtype
+
 ROWS = 256  # positions whose sums are one row of the partial sums
 
 
@@ -158,7 +160,7 @@ def _scale_and_shift(tokens: Tensor, scale: Tensor, shift: Tensor, is_activated:
 
 @_scale_and_shift.register_kernel("cpu")
 def _scale_and_shift_cpu(tokens: Tensor, scale: Tensor, shift: Tensor, is_activated: bool) -> Tensor:
-    values = tokens.to(_wide(tokens)) * scale.unsqueeze(1) + shift.unsqueeze(1)
+    values = tokens.to(wide_dtype(tokens)) * scale.unsqueeze(1) + shift.unsqueeze(1)
     return (F.silu(values) if is_activated else values).to(tokens.dtype)
 
 
@@ -168,16 +170,11 @@ def _scale_and_shift_shape(tokens: Tensor, scale: Tensor, shift: Tensor, is_acti
 
 
 def _sum(tokens: Tensor, branch: Tensor | None, bias: Tensor | None) -> Tensor:
-    values = tokens.to(_wide(tokens))
+    values = tokens.to(wide_dtype(tokens))
     for other in (branch, bias):
         values = values if other is None else values + other
     return values
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    """The dtype to compute in."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 def _sums_like(tokens: Tensor, length: int, channels: int) -> Tensor:
-    return tokens.new_empty((len(tokens), -(-length // ROWS), 2, channels), dtype=_wide(tokens))
+    return tokens.new_empty((len(tokens), -(-length // ROWS), 2, channels), dtype=wide_dtype(tokens))

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varcli.kernels.outputs import dense_like, wide_dtype
+
 # -- what is computed ------------------------------------------------------------------------------------------------
 
 
 def norm_reference(stream_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, eps: float) -> Tensor:
     """`norm` in plain torch."""
-    wide = _wide(stream_BLC)
+    wide = wide_dtype(stream_BLC)
     normed = F.layer_norm(stream_BLC.to(wide), (stream_BLC.shape[-1],), eps=eps)
     return torch.addcmul(shift_B1C.to(wide), normed, 1 + scale_B1C.to(wide)).to(stream_BLC.dtype)
 
@@ -35,7 +37,7 @@ def gated_norm_reference(
 
 
 def _add(stream: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
-    wide = _wide(stream)
+    wide = wide_dtype(stream)
     branch = branch.to(wide) if bias is None else branch.to(wide) + bias.to(wide)
     return torch.addcmul(stream.to(wide), branch, gate.to(wide)).to(stream.dtype)
 
@@ -77,7 +79,7 @@ def _norm(stream: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Ten
 
 @_norm.register_kernel("cpu")
 def _norm_cpu(stream: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    wide = _wide(stream)
+    wide = wide_dtype(stream)
     variance, mean = torch.var_mean(stream.to(wide), dim=-1, correction=0)
     inverse = torch.rsqrt(variance + eps)
     unit = (stream.to(wide) - mean.unsqueeze(-1)) * inverse.unsqueeze(-1)
@@ -86,7 +88,7 @@ def _norm_cpu(stream: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple
 
 @_norm.register_fake
 def _norm_shapes(stream: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _dense_like(stream), *_statistics_like(stream)
+    return dense_like(stream), *_statistics_like(stream)
 
 
 @torch.library.custom_op("varcli::norm_backward", mutates_args=(), device_types="cuda")
@@ -111,7 +113,7 @@ def _norm_backward_cpu(
 def _norm_backward_shapes(
     grad_normed: Tensor, stream: Tensor, scale: Tensor, mean: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return _dense_like(stream), _sums_like(stream, 2)
+    return dense_like(stream), _sums_like(stream, 2)
 
 
 @torch.library.custom_op("varcli::gated_norm", mutates_args=(), device_types="cuda")
@@ -135,7 +137,7 @@ def _gated_norm_cpu(
 def _gated_norm_shapes(
     stream: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _dense_like(stream), _dense_like(stream), *_statistics_like(stream)
+    return dense_like(stream), dense_like(stream), *_statistics_like(stream)
 
 
 @torch.library.custom_op("varcli::gated_norm_backward", mutates_args=(), device_types="cuda")
@@ -167,7 +169,7 @@ def _gated_norm_backward_cpu(
     mean: Tensor,
     inverse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = _wide(out)
+    wide = wide_dtype(out)
     grad, sums = _norm_gradient(grad_normed, out, scale, mean, inverse)
     grad = grad + grad_out.to(wide)
     grad_branch = grad * gate.to(wide)
@@ -190,14 +192,14 @@ def _gated_norm_backward_shapes(
     mean: Tensor,
     inverse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _dense_like(out), _dense_like(branch), _sums_like(out, 3 if bias is None else 4)
+    return dense_like(out), dense_like(branch), _sums_like(out, 3 if bias is None else 4)
 
 
 def _norm_gradient(
     grad_normed: Tensor, stream: Tensor, scale: Tensor, mean: Tensor, inverse: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Gradient to the normalised stream, and the sums over tokens for scale and shift, all wide."""
-    wide = _wide(stream)
+    wide = wide_dtype(stream)
     grad, inverse = grad_normed.to(wide), inverse.unsqueeze(-1)
     unit = (stream.to(wide) - mean.unsqueeze(-1)) * inverse
     sums = (grad * unit).sum(dim=1), grad.sum(dim=1)
@@ -206,22 +208,13 @@ def _norm_gradient(
     return (grad - grad.mean(dim=-1, keepdim=True) - unit * along) * inverse, sums
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    """The dtype to compute in."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _dense_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
 def _statistics_like(stream: Tensor) -> tuple[Tensor, Tensor]:
-    mean = stream.new_empty(stream.shape[:2], dtype=_wide(stream))
+    mean = stream.new_empty(stream.shape[:2], dtype=wide_dtype(stream))
     return mean, torch.empty_like(mean)
 
 
 def _sums_like(stream: Tensor, kinds: int) -> Tensor:
-    return stream.new_empty((stream.shape[0], kinds, stream.shape[2]), dtype=_wide(stream))
+    return stream.new_empty((stream.shape[0], kinds, stream.shape[2]), dtype=wide_dtype(stream))
 
 
 # -- gradients -------------------------------------------------------------------------------------------------------

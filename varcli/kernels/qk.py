@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from varcli.kernels.outputs import wide_dtype
+
 _SHORTEST = 1e-12  # a shorter vector ends up shorter than a unit
 _LONGEST_INVERSE = 0.999 / _SHORTEST  # of a vector that became a unit, whose gradient has no part along itself
 
@@ -23,7 +25,7 @@ def normalized_steps_reference(
     qkv_BLC: Tensor, q_bias_C: Tensor, v_bias_C: Tensor, log_scale: Tensor, cap: float, step_lengths: Sequence[int]
 ) -> list[Step]:
     """`normalized_steps` in plain torch."""
-    wide, heads = _wide(qkv_BLC), log_scale.numel()
+    wide, heads = wide_dtype(qkv_BLC), log_scale.numel()
     bias = torch.cat((q_bias_C, torch.zeros_like(q_bias_C), v_bias_C)).to(wide)
     q, k, v = (qkv_BLC.to(wide) + bias).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     lengths = log_scale.to(wide).view(1, heads, 1, 1).clamp_max(cap).exp()
@@ -119,7 +121,7 @@ def _normalize_qkv(
 def _normalize_qkv_cpu(
     qkv: Tensor, q_bias: Tensor, v_bias: Tensor, log_scale: Tensor, cap: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide, heads = _wide(qkv), log_scale.numel()
+    wide, heads = wide_dtype(qkv), log_scale.numel()
     q, k, v = qkv.to(wide).unflatten(2, (3, heads, -1)).unbind(2)
     q, v = q + q_bias.view(heads, -1).to(wide), v + v_bias.view(heads, -1).to(wide)
     q_inverse, k_inverse = (1 / torch.linalg.vector_norm(x, dim=-1).clamp_min(_SHORTEST) for x in (q, k))
@@ -136,7 +138,7 @@ def _normalize_qkv_shapes(
     batch, length, channels = qkv.shape
     heads = log_scale.numel()
     q, k, v = (qkv.new_empty(batch, length, heads, channels // (3 * heads)) for _ in range(3))
-    q_inverse, k_inverse = (qkv.new_empty(batch, length, heads, dtype=_wide(qkv)) for _ in range(2))
+    q_inverse, k_inverse = (qkv.new_empty(batch, length, heads, dtype=wide_dtype(qkv)) for _ in range(2))
     return q, k, v, q_inverse, k_inverse
 
 
@@ -169,7 +171,7 @@ def _normalize_qkv_backward_cpu(
     log_scale: Tensor,
     cap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = _wide(q)
+    wide = wide_dtype(q)
     grad_q = torch.cat(list(grads_q), dim=1).to(wide)
     grad_k, grad_v = (torch.zeros(k.shape, dtype=wide, device=k.device) for _ in range(2))
     for total, pieces in ((grad_k, grads_k), (grad_v, grads_v)):
@@ -201,9 +203,4 @@ def _normalize_qkv_backward_shapes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, heads, width = q.shape
     grad_qkv = q.new_empty(batch, length, 3 * heads * width)
-    return grad_qkv, q.new_empty(2, heads * width, dtype=_wide(q)), q.new_empty(heads, dtype=_wide(q))
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    """The dtype to compute in."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return grad_qkv, q.new_empty(2, heads * width, dtype=wide_dtype(q)), q.new_empty(heads, dtype=wide_dtype(q))
