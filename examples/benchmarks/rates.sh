@@ -5,7 +5,7 @@
 #   bash examples/benchmarks/rates.sh                                  names the groups
 #
 # Each measurement is a process of its own that ends after LIMIT seconds, default 300: one that fails or takes long costs
-# the others nothing. Written for one H100 80GB, compiling included; not yet timed there.
+# the others nothing. Written for one H100 80GB, compiling included.
 set -uo pipefail
 OUT=${OUT:-rates.jsonl} LIMIT=${LIMIT:-300} PYTHON=${PYTHON:-python3}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from varcli.kernels.conv3x3 import conv3x3, is_gain
+from varcli.kernels.conv3x3 import conv3x3, introduce, is_gain
 from varcli.kernels.group_norm import channel_moments
 
 
@@ -37,10 +37,24 @@ def test_a_convolution_with_bias_and_skip_path_is_rounded_once_and_its_moments_a
         torch.testing.assert_close(moments_2BC, channel_moments(out), rtol=1e-4, atol=1e-5)
 
 
-def test_sizes_that_are_no_gain_are_left_to_libraries():
-    assert is_gain(160, 160, 256 * 256) and is_gain(320, 160, 128 * 128) and is_gain(160, 160, 64 * 64)
-    assert not is_gain(160, 320, 128 * 128)  # a multiple of what libraries' tiles are wide
-    assert not is_gain(160, 160, 8 * 8) and not is_gain(3, 160, 256 * 256) and not is_gain(160, 3, 256 * 256)
+def test_sizes_and_devices_that_are_no_gain_are_left_to_libraries(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for sizes in ((160, 160, 256 * 256), (320, 160, 128 * 128), (160, 160, 64 * 64)):
+        assert is_gain(*sizes, cpu)
+    # a multiple of what libraries' tiles are wide; a width, a side, and channels that were not timed or do not fit
+    for sizes in ((160, 320, 128 * 128), (160, 192, 128 * 128), (160, 160, 8 * 8), (3, 160, 65536), (160, 3, 65536)):
+        assert not is_gain(*sizes, cpu)
+    for capability in ((9, 0), (8, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert is_gain(160, 160, 65536, gpu) == (capability == (9, 0))
+
+
+def test_torch_compile_knows_the_operator_before_a_decoder_is_compiled():
+    """A decoder of the released width is ready in seconds, where torch 2.11 took minutes for a line in its log."""
+    from torch._inductor.lowering import lowerings
+
+    introduce()
+    assert torch.ops.varcli.conv3x3.default in lowerings
 
 
 def test_the_operator_keeps_torchs_rules_and_compiles_whole():

@@ -67,7 +67,7 @@ def test_a_constant_map_is_normalised_to_the_bias_by_either_way():
 
 
 # the last one is convolved by an operator of our own
-@pytest.mark.parametrize(("channels_in", "channels", "height"), [(16, 16, 20), (24, 16, 20), (32, 144, 128)])
+@pytest.mark.parametrize(("channels_in", "channels", "height"), [(16, 16, 20), (24, 16, 20), (32, 160, 128)])
 def test_a_fused_block_is_the_same_function_and_knows_its_moments(channels_in, channels, height):
     torch.manual_seed(0)
     block = randomized(ResBlock(channels_in, channels, TokenizerConfig(width=8, norm_groups=4)))

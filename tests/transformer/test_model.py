@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -241,6 +242,19 @@ def test_parts_compiled_alone_give_the_same_and_one_block_is_compiled_for_all(li
     assert graphs == (3 if kernels == "torch" else 4)  # Triton's first block has no branch to add
     model.uncompile_parts()
     assert not {"forward", "_enter", "_losses_of"} & {*vars(model), *vars(model.blocks[0])}
+
+
+def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(lively_transformer, features):
+    lively_transformer.compile_parts("aot_eager")
+    assert lively_transformer.has_compiled_parts
+    twin = copy.deepcopy(lively_transformer)
+    assert not twin.has_compiled_parts
+    with torch.no_grad():
+        for weight in twin.parameters():
+            weight.mul_(1.1)
+        expected = Transformer(twin.config)
+        expected.load_state_dict(twin.state_dict())
+        torch.testing.assert_close(twin(LABELS, features), expected(LABELS, features))
 
 
 # -- products in FP8 ---------------------------------------------------------------------------------------------------

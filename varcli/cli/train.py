@@ -77,7 +77,7 @@ def train(
         bool | None,
         Option(
             "--fp8/--no-fp8",
-            help="Large products in FP8, with bf16, from H100 or L40S on; not yet measured. Default: no.",
+            help="Large products in FP8, with bf16, from H100 or L40S on. Default: no.",
             show_default=False,
         ),
     ] = None,

@@ -15,8 +15,11 @@ KERNELS = ("torch", "triton")
 """How a transformer is computed: by torch alone, or by the operators of this room."""
 
 
+_OLDEST_GPU = (8, 0)  # compute capability, of Triton's
+
+
 def resolve_kernels(name: str, device: torch.device) -> str:
-    """Turn "auto" or one of KERNELS into one that is there: "auto" is triton on CUDA where Triton is installed, else torch.
+    """Turn "auto" or one of KERNELS into one that is there: "auto" is triton on CUDA GPUs that it serves, else torch.
 
     Raises ConfigError for another name, and for Triton where there is no CUDA GPU or no Triton.
     """
@@ -24,7 +27,8 @@ def resolve_kernels(name: str, device: torch.device) -> str:
         raise unknown_name("kernels", name, ["auto", *KERNELS])
     has_triton = importlib.util.find_spec("triton") is not None
     if name == "auto":
-        return "triton" if device.type == "cuda" and has_triton else "torch"
+        is_served = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _OLDEST_GPU
+        return "triton" if is_served and has_triton else "torch"
     if name == "triton" and device.type != "cuda":
         raise ConfigError(
             f"kernels `triton` need a CUDA GPU, but the device is {device.type}", "`auto` takes what runs here"

@@ -7,6 +7,8 @@ CUDA, the formula on a CPU.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,13 +17,28 @@ from varcli.kernels.group_norm import maps_of, moments_of, tokens_of
 
 POSITIONS = 128  # of a map that are computed together, whose sums are one row of the partial sums
 WIDE = 128  # of the output channels, the first; the others are a power of two
-_NARROW = (16, 32, 64)
-_DEPTH = 32  # input channels come in multiples of it
+DEPTH = 32  # input channels at a time, whose number is a multiple of it
+_OUT = 160  # output channels of what was timed; the kernel takes WIDE and any power of two from 16 on
+_CAPABILITY = (9, 0)  # of the GPUs it was timed on: H100
 
 
-def is_gain(in_channels: int, out_channels: int, positions: int) -> bool:
+def is_gain(in_channels: int, out_channels: int, positions: int, device: torch.device) -> bool:
     """Say whether `conv3x3` computes maps of so many positions, and faster than libraries do."""
-    return out_channels - WIDE in _NARROW and in_channels % _DEPTH == 0 and positions % POSITIONS == 0
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) != _CAPABILITY:
+        return False
+    return out_channels == _OUT and in_channels % DEPTH == 0 and positions % POSITIONS == 0
+
+
+@functools.cache
+def introduce() -> None:
+    """Let torch.compile meet the operator alone, before it meets it deep in a decoder.
+
+    At the first meeting torch 2.11 writes out all that an operator's inputs came from, for a log: a text that every residual
+    block doubles, so that it did not end within minutes. 2.14 writes it when the log is read.
+    """
+    maps, weight = torch.zeros(1, POSITIONS, DEPTH), torch.zeros(9 * DEPTH, _OUT)
+    with torch.compiler.config.patch(force_disable_caches=True):  # what comes from a cache is not met
+        torch.compile(torch.ops.varcli.conv3x3, dynamic=False)(maps, weight, None, None, 8, POSITIONS // 8)
 
 
 def conv3x3(
@@ -56,7 +73,7 @@ def _conv3x3_cpu(
     maps = tokens.transpose(1, 2).unflatten(2, (height, width)).to(wide)
     taps = weight.unflatten(0, (3, 3, -1)).permute(3, 2, 0, 1).to(wide)
     values = F.conv2d(maps, taps, None if bias is None else bias.to(wide), padding=1).flatten(2).transpose(1, 2)
-    out = (values if skip is None else values + skip).to(tokens.dtype, memory_format=torch.contiguous_format)
+    out = (values if skip is None else values + skip).to(tokens.dtype).contiguous()
     parts = out.to(wide).unflatten(1, (-1, POSITIONS))
     return out, torch.stack([parts.sum(dim=2), parts.square().sum(dim=2)], dim=2)
 

@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from varcli.kernels.conv3x3 import POSITIONS, WIDE
+from varcli.kernels.conv3x3 import DEPTH, POSITIONS, WIDE
 
-_DEPTH = 32  # input channels at a time
 _NUM_WARPS, _NUM_STAGES = 4, 5  # the fastest of five tried on an H100, 554 TFLOP/s from 160 channels to 160 at 256 px
 
 
@@ -98,7 +97,7 @@ def launch_conv3x3(
             OUT=outputs,
             WIDE=WIDE,
             ROWS=POSITIONS,
-            DEPTH=_DEPTH,
+            DEPTH=DEPTH,
             num_warps=_NUM_WARPS,
             num_stages=_NUM_STAGES,
         )

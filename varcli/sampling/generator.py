@@ -18,6 +18,7 @@ from varcli.data.classes import ClassNames
 from varcli.devices import autocast, exact_convolutions, precision_name, resolve_device, resolve_precision
 from varcli.errors import ArtifactError, ConfigError, MemoryLimitError, NumericError, unknown_name
 from varcli.kernels import resolve_kernels
+from varcli.kernels.conv3x3 import introduce
 from varcli.order import ORDERS
 from varcli.sampling.choose import CodeChooser
 from varcli.sampling.engine import Engine
@@ -202,6 +203,7 @@ class Generator:
         if self.transformer.kernels == "torch":
             self.transformer.compile_steps(backend)
         if self.device.type == "cuda":
+            introduce()
             for part in (self.tokenizer.post_conv, self.tokenizer.decoder):
                 part.to(memory_format=torch.channels_last)  # slower than before unless it is compiled
         self._to_pixels = torch.compile(to_pixels, backend=backend, dynamic=False)

@@ -72,7 +72,7 @@ def _without_bias(convolution: nn.Conv2d, x: Tensor) -> Tensor:
 
 def _is_gain(convolution: nn.Conv2d, x: Tensor) -> bool:
     """Whether a 3x3 convolution of these maps is best computed by `fused_conv3x3`, with what follows it."""
-    return is_gain(convolution.in_channels, convolution.out_channels, x.shape[2] * x.shape[3])
+    return is_gain(convolution.in_channels, convolution.out_channels, x.shape[2] * x.shape[3], x.device)
 
 
 class ResBlock(nn.Module):

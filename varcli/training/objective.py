@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -41,6 +42,7 @@ class Objective:
 
     def compile(self, with_graphs: bool = False) -> None:
         """Let torch.compile fuse the model with its loss from the next call on: all at once for graphs, else in parts."""
+        torch.compiler.reset()  # of the programs a function may have, eight, a block takes two for each size of batch
         if with_graphs:
             self._measure = torch.compile(measure, dynamic=False, mode="reduce-overhead")
         else:
@@ -72,8 +74,10 @@ class Objective:
     @torch.no_grad()
     def sums_by_step(self, codes_BL: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return sums over the batch of each step's mean loss and accuracy, float64: two tensors of one entry a step."""
-        # batches of any size, which the compiled parts would be compiled for anew
-        with torch.compiler.set_stance("force_eager"), autocast(self.device, self.dtype):
+        # batches of any size, which compiled parts would be compiled for anew; to say so imports the compiler, so not in vain
+        is_compiled = self.model.has_compiled_parts
+        eager = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
+        with eager, autocast(self.device, self.dtype):
             logits_BLV = self.model(labels_B, self.order.teacher_forcing_input(codes_BL))
         losses_BL = F.cross_entropy(logits_BLV.flatten(0, 1), codes_BL.flatten(), reduction="none").view_as(codes_BL)
         hits_BL = (logits_BLV.argmax(dim=-1) == codes_BL).float()

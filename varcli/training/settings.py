@@ -70,9 +70,9 @@ class TrainConfig:
     seed: int = 0  # of weights, order, dropouts
     precision: str = "auto"  # auto, fp32, bf16 or fp16; auto is bf16 on CUDA and fp32 elsewhere
     compile: bool | None = None  # torch.compile; None is on CUDA when the run is long enough to gain
-    # auto, torch or triton: passes of our own between products; auto is torch, until they are measured
+    # auto, torch or triton: passes of our own between products; auto is triton on CUDA, but for cuda_graphs
     kernels: str = "auto"
-    fp8: bool = False  # the four large products of each block in FP8, beside bf16; not yet measured on a GPU
+    fp8: bool = False  # the four large products of each block in FP8, beside bf16
     # of several processes: ddp, fsdp, hsdp; auto is ddp where the state fits one device, else fsdp
     parallel: str = "auto"
     cuda_graphs: bool = False  # replay each step's kernels in one launch: faster for small models, takes more memory

@@ -112,7 +112,9 @@ class TransformerTrainer(Trainer):
         self.frozen, self.start_notes = begin(self.model, parent, config.frozen, classes, tokenizer.fingerprint())
         self.model.to(device)
         learn(self.model, self.frozen)
-        self.model.kernels = resolve_kernels(config.kernels, device)
+        # graphs take the whole model compiled as one, which torch 2.11 does not end with for our operators
+        is_open = config.cuda_graphs and config.kernels == "auto"
+        self.model.kernels = resolve_kernels("torch" if is_open else config.kernels, device)
         self.dtype = resolve_precision(config.precision, device)
         if config.fp8:
             require_fp8(device, self.dtype, self.model_config.width, self.model_config.hidden_width)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,10 @@ class FeedForward(nn.Module):
         return self.dropout(linear(self.fc2, F.gelu(linear(self.fc1, x_BlC), approximate="tanh")))
 
 
+COMPILED = ("forward", "_enter", "_losses_of")
+"""Methods in whose place `Transformer.compile_parts` puts compiled ones, each bound to the weights of one model."""
+
+
 class Block(nn.Module):
     """Attention and feed-forward, each between a modulated norm and a gated residual path.
 
@@ -98,6 +102,10 @@ class Block(nn.Module):
             self.modulation_offset = nn.Parameter(torch.zeros(1, 1, 6, config.width))
         else:
             self.modulation = nn.Linear(config.width, 6 * config.width)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of; see `Transformer`."""
+        return {name: value for name, value in super().__getstate__().items() if name not in COMPILED}
 
     def modulate(self, condition: Condition) -> Tensor:
         """Return this block's modulation (B, 1, 6, C)."""

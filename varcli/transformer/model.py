@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from varcli.kernels.cross_entropy import linear_cross_entropy
 from varcli.shapes import check_shape
 from varcli.transformer.attention import BlockLinear, LayerCache, attend_by_step, is_kept_in_fp8, linear
 from varcli.transformer.base import TransformerConfig
-from varcli.transformer.blocks import Block, Condition, Stream, cached_queries, modulated_norm
+from varcli.transformer.blocks import COMPILED, Block, Condition, Stream, cached_queries, modulated_norm
 
 _UNDECAYED = ("start_position", "positions", "step_embedding", "log_scale", "modulation_offset")
 
@@ -157,7 +158,8 @@ class Transformer(nn.Module):
     def compile_parts(self, backend: str = "inductor") -> None:
         """Let torch.compile fuse a block, what comes before all blocks, and what comes after them, each alone.
 
-        One block is compiled for all of them, so that this takes seconds at any depth. backend: of torch.compile.
+        One block is compiled for all of them: the first step of depth 16 comes after half a minute, as that of depth 30.
+        backend: of torch.compile.
         """
         for block in self.blocks:
             block.forward = torch.compile(block.forward, dynamic=False, backend=backend)
@@ -167,8 +169,17 @@ class Transformer(nn.Module):
     def uncompile_parts(self) -> None:
         """Take back what `compile_parts` did."""
         for part in (self, *self.blocks):
-            for name in ("forward", "_enter", "_losses_of"):
+            for name in COMPILED:
                 vars(part).pop(name, None)
+
+    @property
+    def has_compiled_parts(self) -> bool:
+        """Whether `compile_parts` was called, and not taken back."""
+        return "_enter" in vars(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of: it begins uncompiled, as what is compiled belongs to this model's weights."""
+        return {name: value for name, value in super().__getstate__().items() if name not in COMPILED}
 
     # -- step by step --------------------------------------------------------------------------------------------
 
