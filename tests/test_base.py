@@ -86,3 +86,25 @@ def test_what_a_list_of_numbers_takes_is_said_by_example(text):
 def test_an_unknown_name_lists_the_closest():
     error = unknown_name("class", "golden retriver", [f"class {i}" for i in range(50)] + ["golden retriever"])
     assert "golden retriever" in error.hint
+
+
+def test_settings_that_differ_are_told_with_what_they_were_and_are():
+    before = {
+        "steps": 8,
+        "tokenizer": {"width": 32},
+        "sides": [1, 2],
+        "model": "3fa1c2" * 4,
+        "names": ["a name "] * 9,
+        "old": 1,
+    }
+    now = {"steps": 9, "tokenizer": {"width": 64}, "sides": (1, 3), "model": "91be07" * 4, "names": ["b"], "new": None}
+    told = configs.differences(before, now)
+    assert list(told.values()) == [
+        "steps was 8, now 9",
+        "tokenizer.width was 32, now 64",
+        "sides was 1,2, now 1,3",
+        "model was 3fa1c2, now 91be07",
+        "other names",
+    ]
+    assert configs.differences(before, now, is_strict=True) == {**told, "old": "old was 1, now none"}
+    assert configs.differences(now, now, is_strict=True) == {}

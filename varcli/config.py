@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import tomllib
 import types
 import typing
@@ -15,6 +16,9 @@ from typing import Any, TypeVar
 from varcli.errors import ConfigError, unknown_name
 
 Config = TypeVar("Config")
+
+_SHOWN = 60  # characters of a value in an error
+_FINGERPRINT = re.compile(r"[0-9a-f]{16,}")
 
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 _LISTS = {int: "whole numbers such as 1,2,4", float: "numbers such as 0.5,0.9", str: "names such as a,b"}
@@ -65,6 +69,31 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], is_strict: bool = False) -> dict[str, str]:
+    """Say of each setting that differs what it was and is, e.g. "batch_size was 8, now 16"; tables as in `flatten`.
+
+    is_strict: a setting that one side does not know counts as None there, else it is left out. Fingerprints are cut short,
+    and long values are not spelled out.
+    """
+    before, now = flatten(before), flatten(now)
+    known = dict.fromkeys((*now, *before)) if is_strict else [key for key in now if key in before]
+    found: dict[str, str] = {}
+    for key in known:
+        was, value = before.get(key), now.get(key)
+        if was != value:
+            texts = [_show(was), _show(value)]
+            is_told = texts[0] != texts[1] and max(map(len, texts)) <= _SHOWN
+            found[key] = f"{key} was {texts[0]}, now {texts[1]}" if is_told else f"other {key}"
+    return found
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(_show, value)) or "none"
+    text = "none" if value is None else str(value)
+    return text[:6] if isinstance(value, str) and _FINGERPRINT.fullmatch(text) else text
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def test_products_in_fp8_are_told_in_the_manifest_and_by_eval(model, tiny_images
     assert done.exit_code == 0, done.output
     assert read_manifest(tmp_path / "out").info["fp8"] is True
     mixed = run(*common, "--out", tmp_path / "out")
-    assert mixed.exit_code == 1 and "other settings: fp8 differ" in mixed.output
+    assert mixed.exit_code == 1 and "other settings: fp8 was True, now False" in mixed.output
     assert run(*common, "--out", tmp_path / "plain").exit_code == 0
     for folder, is_marked in (("out", True), ("plain", False)):
         told = run(

@@ -78,7 +78,7 @@ def test_other_settings_are_not_mixed(tmp_path):
     write(tmp_path / "begun", stop_after=1)
     write(tmp_path / "finished")
     for name in ("begun", "finished"):
-        with pytest.raises(ConfigError, match="cfg differ"):
+        with pytest.raises(ConfigError, match=r": cfg was 1\.5, now 2\.0$"):
             write(tmp_path / name, settings={"seed": 0, "cfg": 2.0})
 
 

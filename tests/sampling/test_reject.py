@@ -118,8 +118,8 @@ def test_what_was_scored_before_a_kill_is_not_drawn_again(generator, tmp_path, m
 
 def test_rejection_and_its_ratio_are_settings_that_are_not_mixed(generator, tmp_path):
     sample_to_folder(generator, WANTED, tmp_path / "out", rejection=Rejection(1, 2))
-    for other in (None, Rejection(1, 3)):
-        with pytest.raises(ConfigError, match="reject differ"):
+    for other, shown in ((None, "none"), (Rejection(1, 3), "1/3")):
+        with pytest.raises(ConfigError, match=f": reject was 1/2, now {shown}$"):
             sample_to_folder(generator, WANTED, tmp_path / "out", rejection=other)
 
 

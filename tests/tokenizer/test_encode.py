@@ -168,7 +168,7 @@ def test_a_faster_precision_is_measured_told_kept_and_not_mixed(folder, tiny_ima
     assert plain.agreement is None and "precision" not in read_manifest(tmp_path / "plain", "codes").info
     same = [CodesCache.open(place).load("train").codes.long() for place in (out, tmp_path / "plain")]
     assert float((same[0] == same[1]).float().mean()) == pytest.approx(result.agreement["tokens"], abs=1e-5)
-    with pytest.raises(ConfigError, match="precision differ"):
+    with pytest.raises(ConfigError, match=": precision was bf16, now fp32"):
         tokenize(tiny_images, out, folder, workers=0, device="cpu")
     again = tokenize(tiny_images, out, folder, workers=0, device="cpu", precision="bf16", on_step=listen)
     assert again.agreement == result.agreement and len(messages) == 3  # not measured a second time

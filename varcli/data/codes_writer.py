@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from varcli import config as configs
 from varcli.artifacts.lock import hold_folder
 from varcli.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, digest_json, hash_file, write_manifest
 from varcli.artifacts.verify import read_json, read_json_lines, read_manifest
@@ -210,15 +212,17 @@ class CodesWriter(contextlib.AbstractContextManager["CodesWriter"]):
             self._done[record["split"]][record["shard"]] = record
 
     def _require_same(self, found: Mapping[str, Any]) -> None:
-        changed = [key for key, value in self._settings.items() if found.get(key) != value]
-        if "precision" not in changed and found.get("precision", PLAIN_PRECISION) != self.plan.precision:
-            changed.append("precision")
-        if changed:
-            names = {"images_digest": "images", "augment": "crop or augmentation"}
-            shown = ", ".join(names.get(key, key) for key in changed)
+        now = {**self._settings, "precision": self.plan.precision}
+        before = {key: found.get(key, PLAIN_PRECISION if key == "precision" else None) for key in now}
+        changes = configs.differences(before, now, is_strict=True)
+        if changes:
+            if "images_digest" in changes:  # which tells nobody anything
+                changes["images_digest"] = "other images"
+            # a seed stands in several places
+            texts = dict.fromkeys(re.sub(r"\baugment\.\w+\.", "", text) for text in changes.values())
             raise ConfigError(
-                f"codes cache `{self.out}` was begun with other settings: {shown} differ",
-                "choose another --out, or delete that folder to start anew",
+                f"codes cache `{self.out}` was begun with other settings: {'; '.join(texts)}",
+                "repeat them to go on with it, choose another --out, or delete that folder to start anew",
             )
 
     def _forget_progress(self) -> None:

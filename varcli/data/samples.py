@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from PIL import Image
 
+from varcli import config as configs
 from varcli.artifacts.lock import hold_folder
 from varcli.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, hash_file, write_manifest
 from varcli.artifacts.verify import read_json, read_manifest
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 SAMPLES_KIND = "samples"
 GRID_NAME, NPZ_NAME = "grid.png", "samples.npz"
 _PLAN_NAME = ".plan.json"
+_OFF = {"files": "png", "fp8": False}  # what settings that are None mean, for errors
 _SAMPLE = re.compile(r"(\d{4,})-(\d{5,})\.png")
 _GRID_IMAGES, _GRID_ROWS, _GRID_COLUMNS = 64, 16, 8
 _NPZ_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest a zip can hold: equal images give equal bytes
@@ -293,11 +295,16 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
         else:
             begun = self.settings
             write_json(self.out / _PLAN_NAME, self.settings)
-        changed = [key for key in sorted({*begun, *self.settings}) if begun.get(key) != self.settings.get(key)]
-        if changed:
+        sides = (begun, self.settings)
+        names = sorted({*begun, *self.settings})  # what a side lacks is off there
+        before, now = (
+            {name: _OFF.get(name) if (value := side.get(name)) is None else value for name in names} for side in sides
+        )
+        changes = configs.differences(before, now, is_strict=True)
+        if changes:
             raise ConfigError(
-                f"`{self.out}` holds samples made with other settings: {', '.join(changed)} differ",
-                "choose another --out, or delete that folder to start anew",
+                f"`{self.out}` holds samples made with other settings: {'; '.join(changes.values())}",
+                "repeat them to add to it, choose another --out, or delete that folder to start anew",
             )
         listed = read_manifest(self.out, SAMPLES_KIND).files if (self.out / MANIFEST_NAME).exists() else {}
         self._find(listed)

@@ -79,7 +79,8 @@ class RunFolder:
                 f"`{self.path}` was begun with other {' and '.join(others)}",
                 "give those to go on with that run, or choose another --out for a new one",
             )
-        changes = _differences(self.stored["config"], config or {}, free)
+        fixed = {key: value for key, value in (config or {}).items() if key not in free}
+        changes = configs.differences(self.stored["config"], fixed)
         if changes:
             raise ConfigError(
                 f"`{self.path}` was begun with other settings: {'; '.join(changes.values())}",
@@ -158,14 +159,3 @@ def copy_artifact(source: Path, target: Path, kind: str) -> Manifest:
             write_bytes(temporary / name, read_checked_bytes(source, name, manifest))
         write_bytes(temporary / MANIFEST_NAME, (Path(source) / MANIFEST_NAME).read_bytes())
     return manifest
-
-
-def _differences(stored: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> dict[str, str]:
-    """Say of each setting that differs what it was and is; settings that one side does not know are left out."""
-    before = configs.flatten(stored)
-    fixed = configs.flatten({key: value for key, value in now.items() if key not in free})
-    return {
-        key: f"{key} was {before[key]}, now {value}"
-        for key, value in fixed.items()
-        if key in before and before[key] != value
-    }
