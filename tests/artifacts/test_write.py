@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +70,23 @@ def test_an_output_folder_is_proved_before_any_compute(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="is a file"):
         prepare_folder(tmp_path / "file")
-    with pytest.raises(ArtifactError, match="MB free"):
+    with pytest.raises(ArtifactError, match=r"B free, but about 1,000,000,000\.0 GB are needed"):
         prepare_folder(tmp_path / "out", need_bytes=10**18)
+
+
+@pytest.mark.parametrize(
+    ("free", "need", "said"),
+    [
+        (10_990_000, 11_010_000, "has 10.9 MB free, but about 11.1 MB are needed"),
+        (999_990_000, 1_000_000_001, "has 999.9 MB free, but about 1.1 GB are needed"),
+        (10_960_001, 10_960_002, "has 10.9 MB free, but about 11.0 MB are needed"),
+    ],
+)
+def test_free_and_needed_bytes_never_look_equal(tmp_path, monkeypatch, free, need, said):
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ArtifactError, match=re.escape(said)):
+        prepare_folder(tmp_path, need_bytes=need)
 
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -158,10 +159,16 @@ def prepare_folder(folder: Path, need_bytes: int = 0, sweep: bool = True) -> Pat
         raise _write_error(folder, error) from None
     if free_bytes < need_bytes:
         raise ArtifactError(
-            f"`{folder}` has {free_bytes / 1e6:.0f} MB free, but about {need_bytes / 1e6:.0f} MB are needed",
+            f"`{folder}` has {_format_bytes(free_bytes)} free, but about {_format_bytes(need_bytes, math.ceil)} are needed",
             "free some space or choose another --out",
         )
     return folder
+
+
+def _format_bytes(count: int, rounded: Callable[[float], int] = math.floor) -> str:
+    """Write a size to a tenth, what is free rounded down and what is needed up, so that the two never look equal."""
+    unit, size = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
+    return f"{rounded(count / size * 10) / 10:,.1f} {unit}"
 
 
 def _clear(leftover: Path) -> None:

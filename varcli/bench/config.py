@@ -36,8 +36,12 @@ class BenchConfig:
     workers: int | None = None  # tokenize-files: processes that decode; None takes one a core, at most 16
 
     def __post_init__(self) -> None:
-        if self.depth < 1 or self.repeats < 1 or not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ConfigError("depth, repeats and every batch size must be at least 1")
+        sizes = [("batch_size", size) for size in self.batch_sizes]
+        for name, value in (("depth", self.depth), ("repeats", self.repeats), *sizes):
+            if value < 1:
+                raise ConfigError(f"{name} must be 1 or more, but is {value}")
+        if not self.batch_sizes:
+            raise ConfigError("batch_sizes must hold one size or more")
         if not self.kernels:
             raise ConfigError("kernels must be at least one of auto, torch, triton")
         if self.num_files < 2 or (self.workers is not None and self.workers < 0):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
 from varcli.cli import console
 from varcli.cli.options import (
@@ -70,13 +70,21 @@ def bench(
 
     --json prints a line for each result, which says on its own what ran where.
     """
+    sizes = [("--batch-size", size) for size in batch_size or ()]
+    for name, value in (("--depth", depth), ("--repeats", repeats), *sizes):
+        if value < 1:
+            raise BadParameter(f"must be 1 or more, but is {value}", param_hint=name)
     if stage == "eval":
         _evaluation(count or 50_000, size, workers, device, json)
         return
     from varcli.bench.config import BenchConfig
-    from varcli.bench.stages import run_bench
-    from varcli.errors import ConfigError
+    from varcli.bench.files import FILES
+    from varcli.bench.stages import STAGES, run_bench
+    from varcli.errors import ConfigError, unknown_name
 
+    known = ["all", "eval", FILES, *STAGES]
+    if stage not in known:
+        raise unknown_name("stage", stage, known)
     values = collect_settings(config, settings, {})
     if values and stage != "train-tokenizer":
         raise ConfigError(
