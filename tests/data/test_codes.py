@@ -318,3 +318,9 @@ def test_a_large_vocabulary_fits_sixteen_bits(tiny_images, tmp_path):
                 writer.add(split, torch.full((len(batch.images), 5), 65535), batch)
         writer.finish()
     assert np.unique(CodesCache.open(tmp_path / "codes").load("train").codes.numpy()).tolist() == [65535]
+
+
+def test_a_folder_of_images_in_place_of_codes_is_told_with_the_command_to_run(tiny_images):
+    with pytest.raises(ArtifactError, match="is a folder of images, but a codes cache is needed") as caught:
+        CodesCache.open(tiny_images)
+    assert caught.value.hint == f"make one with `varcli tokenize {tiny_images}`"

@@ -9,8 +9,9 @@ import pytest
 from run_folders import write_run
 
 from varcli.artifacts.lock import lock_folder
-from varcli.data.runs import find_runs, numbers_of, read_run, resolve_run
-from varcli.errors import ArtifactError
+from varcli.artifacts.manifest import write_manifest
+from varcli.data.runs import find_runs, numbers_of, read_run, require_no_artifact, resolve_run
+from varcli.errors import ArtifactError, DataError
 
 
 def test_a_run_is_read_as_it_was_written(tmp_path):
@@ -126,3 +127,20 @@ def test_inputs_of_another_kind_are_no_error(tmp_path):
     stored = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**stored, "inputs": 3, "made_by": []}))
     assert read_run(folder).inputs == {}
+
+
+@pytest.mark.parametrize("kind", ["codes", "samples", "tokenizer"])
+def test_what_varcli_wrote_is_told_from_a_folder_of_images(tmp_path, kind):
+    write_run(tmp_path / "run")
+    for name in ("one", "model/tokenizer"):
+        (tmp_path / name).mkdir(parents=True)
+        write_manifest(tmp_path / name, kind, {}, files=[])
+    for name, what in (("run", "a run"), ("one", f"a {kind} folder"), ("model", "a model")):
+        with pytest.raises(DataError, match=f"is {what} of varcli, but a folder of images is needed") as caught:
+            require_no_artifact(tmp_path / name)
+        assert "ROOT/CLASS/IMAGE" in caught.value.hint
+    (tmp_path / "images").mkdir()
+    for name in ("config.json", "manifest.json"):  # of somebody else
+        (tmp_path / "images" / name).write_text('{"kind": "photos"}')
+    require_no_artifact(tmp_path / "images")
+    require_no_artifact(tmp_path / "nothing")

@@ -7,16 +7,19 @@ The writers are in `varcli.data.codes_writer` and `varcli.data.codes_shards`.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from varcli.artifacts.manifest import Manifest
-from varcli.artifacts.verify import parse_tensors, read_checked_bytes, read_manifest
+from varcli.artifacts.verify import is_artifact, parse_tensors, read_checked_bytes, read_manifest
 from varcli.data.codes_shards import CodesPlan
-from varcli.data.codes_writer import CODES_KIND, CodesWriter, images_name
+from varcli.data.codes_writer import CODES_KIND, CodesWriter, begun_with, images_name
+from varcli.data.images import open_images
 from varcli.data.paths import unescape_path
+from varcli.data.runs import require_no_artifact
 from varcli.errors import ArtifactError, DataError, IntegrityError, unknown_name
 
 if TYPE_CHECKING:
@@ -61,6 +64,8 @@ class CodesCache:
         Raises ArtifactError if there is no finished cache, IntegrityError if a shard is missing or truncated.
         """
         folder = Path(folder)
+        if not is_artifact(folder) and begun_with(folder) is None:
+            _require_no_images(folder)
         cache = cls(folder, read_manifest(folder, CODES_KIND))
         if verify:
             for name, entry in cache.manifest.files.items():
@@ -141,3 +146,14 @@ def require_tokenizer(cache: CodesCache, fingerprint: str, source: str = "`--tok
             f"but {source} is {fingerprint[:6]}",
             "run `varcli tokenize` again with this tokenizer, or pass the one that wrote the cache",
         )
+
+
+def _require_no_images(folder: Path) -> None:
+    """Raise ArtifactError, with the command that makes codes of them, if a folder holds images."""
+    try:
+        require_no_artifact(folder)
+        open_images(folder, allow_single_class=True)
+    except DataError:
+        return
+    command = shlex.join(["varcli", "tokenize", str(folder)])
+    raise ArtifactError(f"`{folder}` is a folder of images, but a codes cache is needed", f"make one with `{command}`")

@@ -8,7 +8,7 @@ runs/d16/checkpoints/     and, once there are weights to use, transformer/ or to
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from varcli.artifacts.lock import is_locked
 from varcli.artifacts.verify import is_artifact, read_json, read_json_lines, read_manifest
 from varcli.data.paths import escape_path
-from varcli.errors import ArtifactError, unknown_name
+from varcli.errors import ArtifactError, DataError, unknown_name
 
 CONFIG_NAME = "config.json"
 LOG_NAME = "metrics.jsonl"
@@ -24,6 +24,7 @@ RUN_ROOTS = (Path("runs"), Path("tokenizers"))
 """Where `varcli train` and `varcli train-tokenizer` put runs that are given a name only."""
 
 _MAX_DEPTH = 4  # folders below the one that is searched
+_MODEL_PARTS = ("tokenizer", "transformer")
 _PARTS = {"checkpoints", "transformer", "tokenizer", "samples", "tensorboard"}  # of runs and models, never runs
 
 
@@ -89,6 +90,23 @@ def is_run(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file() or ((folder / LOG_NAME).is_file() and (folder / "checkpoints").is_dir())
 
 
+def require_no_artifact(folder: Path) -> None:
+    """Raise DataError, saying what it is, if `folder` is what varcli wrote, such as a run, where images are needed."""
+    folder = Path(folder)
+    if _can_be_read(read_run, folder):
+        what = "a run"
+    elif _can_be_read(read_manifest, folder):
+        what = f"a {read_manifest(folder).kind} folder"
+    elif any(_can_be_read(read_manifest, folder / name) for name in _MODEL_PARTS):
+        what = "a model"
+    else:
+        return
+    raise DataError(
+        f"`{escape_path(str(folder))}` is {what} of varcli, but a folder of images is needed",
+        "pass ROOT with the images, as ROOT/CLASS/IMAGE",
+    )
+
+
 def find_runs(root: Path) -> tuple[list[Path], dict[Path, str]]:
     """Return the run folders at or below `root`, and what else lies there: folders without a run, and what they are.
 
@@ -147,6 +165,14 @@ def _is_counted(record: Mapping[str, Any]) -> bool:
     return is_number(record.get("step"))
 
 
+def _can_be_read(read: Callable[[Path], object], folder: Path) -> bool:
+    try:
+        read(folder)
+    except ArtifactError:
+        return False
+    return True
+
+
 def _search(folder: Path, depth: int) -> Iterator[Path]:
     if is_run(folder):
         yield folder
@@ -164,7 +190,7 @@ def _what(folder: Path, is_running: bool) -> str:
     """Say what a folder is that holds no run."""
     if is_running:
         return "it is being begun, or written by another command"
-    parts = [name for name in ("tokenizer", "transformer") if is_artifact(folder / name)]
+    parts = [name for name in _MODEL_PARTS if is_artifact(folder / name)]
     try:
         if is_artifact(folder):
             return f"it is a {read_manifest(folder).kind} folder"
