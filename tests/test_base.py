@@ -8,6 +8,7 @@ import pytest
 
 from varcli import config as configs
 from varcli.errors import ConfigError, unknown_name
+from varcli.progress import counted
 from varcli.scales import NAMED_SCHEDULES, PatchNums
 
 
@@ -108,3 +109,8 @@ def test_settings_that_differ_are_told_with_what_they_were_and_are():
     ]
     assert configs.differences(before, now, is_strict=True) == {**told, "old": "old was 1, now none"}
     assert configs.differences(now, now, is_strict=True) == {}
+
+
+def test_one_thing_is_counted_without_a_plural():
+    assert [counted(count, "row") for count in (0, 1, 1024)] == ["0 rows", "1 row", "1,024 rows"]
+    assert [counted(count, "class", "classes") for count in (1, 2)] == ["1 class", "2 classes"]

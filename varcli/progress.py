@@ -36,3 +36,8 @@ def format_seconds(seconds: float) -> str:
     if seconds < 86400:
         return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
     return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """Write a number of things for people: `1 image`, `1,024 images`. plural: None adds an s."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"

@@ -107,7 +107,7 @@ def test_names_that_are_not_text_are_read(tmp_path):
     ("files", "message", "hint"),
     [
         ((), "holds nothing", "CLASS"),
-        (("a/readme.txt",), "1 files, but no image", ".png"),
+        (("a/readme.txt",), "1 file, but no image", ".png"),
         (("a/1.png", "a/2.png"), "one class only", "one folder of images for each class"),
         (("1.png", "2.png"), "no class folders", "one folder for each class"),
         (("train/a/1.png", "train/b/1.png", "val/c/1.png"), "class `c` is in val/", "same class folders"),

@@ -118,7 +118,7 @@ def sample(
     from varcli import config as configs
     from varcli.distributed import join_world
     from varcli.errors import ConfigError, unknown_name
-    from varcli.progress import ignore
+    from varcli.progress import counted, ignore
     from varcli.sampling import Generator, SampleConfig
     from varcli.sampling.models import find_model
     from varcli.sampling.reject import Rejection
@@ -186,7 +186,7 @@ def sample(
         "images": result.num_images,
         "drawn": result.num_drawn,
     }
-    console.report(value, json, f"{result.num_images:,} images in {result.folder}; look at {result.grid}")
+    console.report(value, json, f"{counted(result.num_images, 'image')} in {result.folder}; look at {result.grid}")
     if not json:
         console.next_command("eval", result.folder)
 

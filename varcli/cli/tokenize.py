@@ -55,7 +55,7 @@ def tokenize(
     """
     from varcli.distributed import join_world
     from varcli.errors import unknown_name
-    from varcli.progress import ignore
+    from varcli.progress import counted, ignore
     from varcli.tokenizer.encode import tokenize as run
 
     if compile_ not in _COMPILE:
@@ -91,10 +91,10 @@ def tokenize(
         "precision": precision,
         "agreement": result.agreement,
     }
-    images_of = f"{result.num_images:,} images in {len(result.classes):,} classes"
-    text = f"{result.num_rows:,} rows of codes from {images_of}: {out}"
+    images_of = f"{counted(result.num_images, 'image')} in {counted(len(result.classes), 'class', 'classes')}"
+    text = f"{counted(result.num_rows, 'row')} of codes from {images_of}: {out}"
     if result.num_skipped:
-        text += f"; {result.num_skipped} images were skipped, see {out}/manifest.json"
+        text += f"; skipped {counted(result.num_skipped, 'image')}, see {out}/manifest.json"
     console.report(value, json, text)
     if not json:
         # 16 is the smallest published depth; it is far too large for a small folder

@@ -17,6 +17,7 @@ from varcli.data.paths import escape_path
 from varcli.data.stream import DecodedBatch, decode_images
 from varcli.data.views import DecodeConfig
 from varcli.errors import DataError
+from varcli.progress import counted
 
 __all__ = [
     "DecodeConfig",
@@ -68,8 +69,7 @@ class ImageTree:
     @property
     def summary(self) -> str:
         """How many images in how many classes, e.g. "20 images in 1 class"."""
-        images, classes = self.num_images, len(self.classes)
-        return f"{images:,} image{'s'[: images != 1]} in {classes:,} class{'es' if classes != 1 else ''}"
+        return f"{counted(self.num_images, 'image')} in {counted(len(self.classes), 'class', 'classes')}"
 
     def empty_classes(self) -> list[str]:
         """Return the classes without a training image."""
@@ -278,7 +278,7 @@ def _no_images(shown: str, scan: _Scan) -> DataError:
             f"`{escape_path(path)}`: {reason}",
             "pass the folder that the links lead to, or --follow-links" if "link" in reason else None,
         )
-    what = f"{scan.num_ignored} files, but no image" if scan.num_ignored else "nothing"
+    what = f"{counted(scan.num_ignored, 'file')}, but no image" if scan.num_ignored else "nothing"
     return DataError(
         f"`{shown}` holds {what}", f"pass ROOT with ROOT/CLASS/IMAGE; images end in {', '.join(sorted(SUFFIXES))}"
     )

@@ -24,6 +24,7 @@ from varcli.artifacts.verify import (
 from varcli.data.decode import SUFFIXES, UnusableImage, load_image
 from varcli.data.images import open_images
 from varcli.errors import ArtifactError, DataError, IntegrityError
+from varcli.progress import counted
 
 Facts = dict[str, Any]
 
@@ -139,7 +140,8 @@ def _transformer(info: Mapping[str, Any]) -> tuple[str, Facts]:
 def _codes(info: Mapping[str, Any]) -> tuple[str, Facts]:
     splits = {name: split["rows"] for name, split in info["splits"].items()}
     length = sum(side * side for side in info["patch_nums"])
-    summary = f"a codes cache: {sum(splits.values()):,} rows of {length} codes, {len(info['classes'])} classes"
+    summary = f"a codes cache: {counted(sum(splits.values()), 'row')} of {length} codes, "
+    summary += counted(len(info["classes"]), "class", "classes")
     facts = {"rows": splits, "tokenizer": info["tokenizer"], "patch_nums": info["patch_nums"]}
     facts |= {"image_size": info.get("image_size"), "views": info.get("views"), "skipped": len(info.get("skipped", []))}
     return summary, facts | {"classes": info["classes"]}

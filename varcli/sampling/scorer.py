@@ -22,7 +22,7 @@ from varcli.devices import exact_convolutions
 from varcli.distributed import ALONE, World
 from varcli.errors import ConfigError
 from varcli.pretrained.lite0 import NUM_FEATURES, Lite0, load_lite0
-from varcli.progress import OnStep, Step, ignore
+from varcli.progress import OnStep, Step, counted, ignore
 
 _MOST_IMAGES = 20_000  # that a classifier learns from, spread evenly over the training images
 _MOST_HELD_OUT = 5_000
@@ -90,7 +90,7 @@ def make_scorer(
         with _open(classes, source) as tree:
             learned, held_out = _splits(tree)
             count, total = learned.num_images, learned.num_images + held_out.num_images
-            text = f"fitting the classifier on {count:,} training image{'s'[: count != 1]}, once for this folder"
+            text = f"fitting the classifier on {counted(count, 'training image')}, once for this folder"
             on_step(Step(0, total, _UNIT, message=text))
             features, labels = _read(network, learned, image_size, device, 0, total, on_step)
             weight_KC, bias_K = fit(features, labels, len(classes))
