@@ -55,6 +55,21 @@ def test_dropout_acts_while_training_only():
     assert not torch.equal(block.train()(x, modulation, (x.shape[1],)), block(x, modulation, (x.shape[1],)))
 
 
+def test_a_stream_drops_out_what_a_tensor_does():
+    torch.manual_seed(0)
+    block = Block(TransformerConfig(dropout=0.5, **CONFIG)).train()
+    x, modulation = torch.randn(2, 5, 8), torch.randn(2, 1, 6, 8)
+    for bias in (block.attention.proj.bias, block.feed_forward.fc2.bias):
+        torch.nn.init.normal_(bias)
+    torch.manual_seed(1)
+    expected = block(x, modulation, (1, 4))
+    torch.manual_seed(1)
+    out = block(Stream(x), modulation, (1, 4))
+    assert out.bias_C is None  # where nothing is dropped, whoever adds the branch adds its bias
+    torch.testing.assert_close(out.x_BLC + out.gate_B1C * out.branch_BLC, expected)
+    assert block.eval()(Stream(x), modulation, (1, 4)).bias_C is not None
+
+
 def test_what_a_block_leaves_to_the_next_is_no_part_of_its_weights():
     """Law: a sharded block's weights are freed once it returns, so nothing that is still to be used may lie in them."""
     torch.manual_seed(0)

@@ -33,6 +33,15 @@ class LayerCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
+def keep_in_cache(
+    q_Bnld: Tensor, k_Bnld: Tensor, v_Bnld: Tensor, key_place_Bnld: Tensor, value_place_Bnld: Tensor
+) -> Tensor:
+    """Write a step's keys and values to the places a cache has for them; return its queries."""
+    key_place_Bnld.copy_(k_Bnld)
+    value_place_Bnld.copy_(v_Bnld)
+    return q_Bnld
+
+
 class BlockLinear(nn.Linear):
     """One of the four large linear layers of a block; with `fp8` its products are taken in FP8 while it trains."""
 
@@ -163,8 +172,7 @@ class SelfAttention(nn.Module):
         if self.log_scale is None:
             q, k, v = self.project(x_BlC)
             length = q.shape[2]
-            for room, part in zip(cache.place(start, length), (k, v), strict=True):
-                room.copy_(part)
+            q = keep_in_cache(q, k, v, *cache.place(start, length))
         else:
             qkv, learned = product(self.qkv, x_BlC), (self.q_bias, self.v_bias, self.log_scale)
             length = qkv.shape[1]

@@ -23,6 +23,7 @@ from varcli.transformer.attention import (
     attend_by_step,
     is_in_fp8,
     is_kept_in_fp8,
+    keep_in_cache,
     linear,
     product,
 )
@@ -172,29 +173,22 @@ class Block(nn.Module):
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
         gamma1, gamma2 = _gates(gamma1, gamma2, branches_2B)
         x_BlC, normed_BlC = stream.enter(scale1, shift1, self.norm_eps, self.attention.qkv)
-        branch = _last_product(self.attention.proj, self.attention.dropout, attend(normed_BlC))
+        mixed_BlC = product(self.attention.proj, attend(normed_BlC))
+        branch = _drop_out(self.attention.dropout, mixed_BlC, self.attention.proj.bias)
         layers = self.feed_forward
         x_BlC, normed_BlC = Stream(x_BlC, *branch, gamma1).enter(scale2, shift2, self.norm_eps, layers.fc1)
         if is_in_fp8(layers.fc1):
             inner = (layers.fc1.weight, layers.fc1.bias)
             y_BlC = fp8_feed_forward(normed_BlC, *inner, layers.fc2.weight)
-            return Stream(x_BlC, *_drop_out(layers.dropout, y_BlC, layers.fc2.bias), gamma2)
-        if is_kept_in_fp8(layers.fc1):
-            y_BlH = gelu_to_rows(product(layers.fc1, normed_BlC), layers.fc1.bias)
+        elif is_kept_in_fp8(layers.fc1):
+            y_BlC = product(layers.fc2, gelu_to_rows(product(layers.fc1, normed_BlC), layers.fc1.bias))
         else:
-            y_BlH = linear_gelu(normed_BlC, layers.fc1.weight, layers.fc1.bias)
-        return Stream(x_BlC, *_last_product(layers.fc2, layers.dropout, y_BlH), gamma2)
-
-
-def _last_product(layer: nn.Linear, dropout: nn.Dropout, x_BLC: Tensor | Rows) -> tuple[Tensor, Tensor | None]:
-    """Return a branch and its bias, which is left to whom adds the branch unless dropout comes in between."""
-    if dropout.training and dropout.p > 0:
-        return dropout(linear(layer, x_BLC)), None
-    return product(layer, x_BLC), layer.bias
+            y_BlC = product(layers.fc2, linear_gelu(normed_BlC, layers.fc1.weight, layers.fc1.bias))
+        return Stream(x_BlC, *_drop_out(layers.dropout, y_BlC, layers.fc2.bias), gamma2)
 
 
 def _drop_out(dropout: nn.Dropout, y_BLC: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return a branch and its bias as `_last_product` does, given the branch without it."""
+    """Return a branch, given without its bias, and that bias, left to whoever adds it unless dropout comes between."""
     if dropout.training and dropout.p > 0:
         return dropout(y_BLC + bias_C.to(y_BLC.dtype)), None
     return y_BLC, bias_C
@@ -208,7 +202,4 @@ def _gates(gamma1_B1C: Tensor, gamma2_B1C: Tensor, branches_2B: Tensor | None) -
 
 def cached_queries(block: Block, x_BlC: Tensor, modulation_B16C: Tensor, k_Bnld: Tensor, v_Bnld: Tensor) -> Tensor:
     """Return a step's queries (B, n, l, d) and write its keys and values to where a cache has room for them."""
-    q, k, v = block.before_attention(x_BlC, modulation_B16C)
-    k_Bnld.copy_(k)
-    v_Bnld.copy_(v)
-    return q
+    return keep_in_cache(*block.before_attention(x_BlC, modulation_B16C), k_Bnld, v_Bnld)
