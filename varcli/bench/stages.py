@@ -102,7 +102,7 @@ def _measure(
     stage = STAGES[name](size, config, device, dtype)
     return [
         Measurement(
-            **_time_part(prepare, flops, size, config, device, ceiling, in_a_row=_IN_A_ROW if name == "train" else 1),
+            **_time_part(prepare, flops, size, config, device, ceiling, in_a_row=_IN_A_ROW if name == "train" and device.type == "cuda" else 1),
             stage=part,
             precision=precision_name(dtype),
             is_compiled=config.compile
