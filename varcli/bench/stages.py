@@ -100,9 +100,10 @@ def _measure(
     if config.compile:
         torch.compiler.reset()  # else the second batch size is compiled for all sizes, which is slower
     stage = STAGES[name](size, config, device, dtype)
+    in_a_row = _IN_A_ROW if name == "train" and device.type == "cuda" else 1
     return [
         Measurement(
-            **_time_part(prepare, flops, size, config, device, ceiling, in_a_row=_IN_A_ROW if name == "train" and device.type == "cuda" else 1),
+            **_time_part(prepare, flops, size, config, device, ceiling, in_a_row),
             stage=part,
             precision=precision_name(dtype),
             is_compiled=config.compile

@@ -195,7 +195,7 @@ class Generator:
         return self._engine
 
     def compile(self, backend: str = "inductor") -> None:
-        """Let torch.compile fuse the decoder, and the transformer's steps without Triton: a minute once, for many images to come.
+        """Let torch.compile fuse the decoder, and steps where Triton does not: a minute once, for many images to come.
 
         backend: of torch.compile. Equal codes then give pictures that may differ by rounding.
         """
