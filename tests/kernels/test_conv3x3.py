@@ -49,6 +49,20 @@ def test_sizes_and_devices_that_are_no_gain_are_left_to_libraries(monkeypatch):
         assert is_gain(160, 160, 65536, gpu) == (capability == (9, 0))
 
 
+@pytest.mark.parametrize("answer", [True, False])
+def test_torch_compile_takes_the_answer_as_it_is(answer, monkeypatch):
+    """The question is asked while a decoder is compiled, whose graph must not break at each convolution."""
+    capability = (9, 0) if answer else (8, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if is_gain(160, 160, 65536, torch.device("cuda")) else x - 1
+
+    torch.compiler.reset()
+    compiled = torch.compile(ask, backend="aot_eager", fullgraph=True)
+    assert compiled(torch.zeros(2))[0] == (1 if answer else -1)
+
+
 def test_torch_compile_knows_the_operator_before_a_decoder_is_compiled():
     """A decoder of the released width is ready in seconds, where torch 2.11 took minutes for a line in its log."""
     from torch._inductor.lowering import lowerings

@@ -24,9 +24,13 @@ _CAPABILITY = (9, 0)  # of the GPUs it was timed on: H100
 
 def is_gain(in_channels: int, out_channels: int, positions: int, device: torch.device) -> bool:
     """Say whether `conv3x3` computes maps of so many positions, and faster than libraries do."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) != _CAPABILITY:
-        return False
-    return out_channels == _OUT and in_channels % DEPTH == 0 and positions % POSITIONS == 0
+    fits = out_channels == _OUT and in_channels % DEPTH == 0 and positions % POSITIONS == 0
+    return fits and _is_timed_on(device)
+
+
+@torch.compiler.assume_constant_result  # torch.compile would break its graph to ask
+def _is_timed_on(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) == _CAPABILITY
 
 
 @functools.cache
