@@ -93,6 +93,19 @@ def test_the_fused_encoder_and_decoder_are_the_same_functions(tiny_tokenizer):
         torch.testing.assert_close(fused, decoder(features), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_compiled_fused_decoder_is_the_same_function_for_one_image_too(tiny_tokenizer, batch):
+    """Whether the channels of one image are last can be read from its strides in two ways, of which both must take one."""
+    torch.manual_seed(0)
+    decoder = randomized(tiny_tokenizer.decoder).eval()
+    side = tiny_tokenizer.config.patch_nums[-1]
+    features = torch.randn(batch, tiny_tokenizer.config.code_channels, side, side)
+    torch.compiler.reset()
+    compiled = torch.compile(decoder.fused_blocks, backend="aot_eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        torch.testing.assert_close(decoder.conv_out(compiled(features)), decoder(features), rtol=1e-4, atol=1e-4)
+
+
 def test_a_fused_block_in_half_precision_is_as_near_as_a_plain_one():
     torch.manual_seed(0)
     block = randomized(ResBlock(32, 32, TokenizerConfig(width=8, norm_groups=4)))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varcli.kernels.group_norm import maps_of, moments_of, tokens_of
+from varcli.kernels.outputs import stored
 
 POSITIONS = 128  # of a map that are computed together, whose sums are one row of the partial sums
 WIDE = 128  # of the output channels, the first; the others are a power of two
@@ -77,7 +78,7 @@ def _conv3x3_cpu(
     maps = tokens.transpose(1, 2).unflatten(2, (height, width)).to(wide)
     taps = weight.unflatten(0, (3, 3, -1)).permute(3, 2, 0, 1).to(wide)
     values = F.conv2d(maps, taps, None if bias is None else bias.to(wide), padding=1).flatten(2).transpose(1, 2)
-    out = (values if skip is None else values + skip).to(tokens.dtype).contiguous()
+    out = stored(values if skip is None else values + skip, tokens.dtype)
     parts = out.to(wide).unflatten(1, (-1, POSITIONS))
     return out, torch.stack([parts.sum(dim=2), parts.square().sum(dim=2)], dim=2)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varcli.kernels.outputs import wide_dtype
+from varcli.kernels.outputs import stored, wide_dtype
 
 ROWS = 256  # positions whose sums are one row of the partial sums
 
@@ -55,12 +55,13 @@ def scale_and_shift(maps_BChw: Tensor, scale_BC: Tensor, shift_BC: Tensor, is_ac
 
 def tokens_of(maps: Tensor) -> Tensor:
     """(B, C, h, w) to (B, N, C); no copy if channels are last."""
-    return maps.flatten(2).transpose(1, 2).contiguous()
+    return maps.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
 def maps_of(tokens: Tensor, sides: torch.Size) -> Tensor:
     """(B, N, C) to (B, C, h, w) with channels last; sides: h and w."""
-    return tokens.transpose(1, 2).unflatten(2, sides)
+    # in this order: the other leaves open what the stride between samples is, of which one has any
+    return tokens.unflatten(1, sides).permute(0, 3, 1, 2)
 
 
 def moments_of(sums: Tensor, maps: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def _add_residual(tokens: Tensor, branch: Tensor | None, bias: Tensor) -> tuple[
 
 @_add_residual.register_kernel("cpu")
 def _add_residual_cpu(tokens: Tensor, branch: Tensor | None, bias: Tensor) -> tuple[Tensor, Tensor]:
-    out = _sum(tokens, branch, bias).to(tokens.dtype, copy=True)
+    out = stored(_sum(tokens, branch, bias), tokens.dtype)
     return out, _channel_sums_cpu(out, None)
 
 
@@ -118,7 +119,7 @@ def _add_with_margin(tokens: Tensor, branch: Tensor, bias: Tensor, height: int, 
 @_add_with_margin.register_kernel("cpu")
 def _add_with_margin_cpu(tokens: Tensor, branch: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     maps = _sum(tokens, branch, bias).to(tokens.dtype).unflatten(1, (height, width))
-    return F.pad(maps, (0, 0, 0, 1, 0, 1)).flatten(1, 2)
+    return stored(F.pad(maps, (0, 0, 0, 1, 0, 1)).flatten(1, 2), tokens.dtype)
 
 
 @_add_with_margin.register_fake
@@ -161,7 +162,7 @@ def _scale_and_shift(tokens: Tensor, scale: Tensor, shift: Tensor, is_activated:
 @_scale_and_shift.register_kernel("cpu")
 def _scale_and_shift_cpu(tokens: Tensor, scale: Tensor, shift: Tensor, is_activated: bool) -> Tensor:
     values = tokens.to(wide_dtype(tokens)) * scale.unsqueeze(1) + shift.unsqueeze(1)
-    return (F.silu(values) if is_activated else values).to(tokens.dtype)
+    return stored(F.silu(values) if is_activated else values, tokens.dtype)
 
 
 @_scale_and_shift.register_fake

@@ -23,3 +23,8 @@ def rows_like(x: Tensor) -> tuple[Tensor, Tensor]:
     num_rows = math.prod(x.shape[:-1])
     rounded = x.new_empty((num_rows, x.shape[-1]), dtype=torch.float8_e4m3fn)
     return rounded, x.new_empty((num_rows, 1), dtype=torch.float32)
+
+
+def stored(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy, rounded to `dtype`, laid out as a kernel writes it: also where one sample leaves a stride open."""
+    return torch.empty(values.shape, dtype=dtype, device=values.device).copy_(values)
