@@ -223,7 +223,7 @@ def test_running_out_of_memory_says_what_to_change(tmp_path, codes, tokenizer_fo
 def test_a_disk_too_small_for_the_checkpoints_is_said_before_training(tmp_path, codes, tokenizer_folder, monkeypatch):
     monkeypatch.setattr(TransformerTrainer, "checkpoint_bytes", lambda self: 10**15)
     monkeypatch.setattr(TransformerTrainer, "train_step", None)
-    with pytest.raises(ArtifactError, match="MB are needed"):
+    with pytest.raises(ArtifactError, match="GB are needed"):
         train(codes, tmp_path / "run", tokenizer_folder)
 
 

@@ -8,6 +8,7 @@ CUDA, the formula on a CPU.
 from __future__ import annotations
 
 import functools
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,8 @@ def introduce() -> None:
     block doubles, so that it did not end within minutes. 2.14 writes it when the log is read.
     """
     maps, weight = torch.zeros(1, POSITIONS, DEPTH), torch.zeros(9 * DEPTH, _OUT)
-    with torch.compiler.config.patch(force_disable_caches=True):  # what comes from a cache is not met
+    # what comes from a cache is not met, and torch warns that there is none
+    with warnings.catch_warnings(action="ignore"), torch.compiler.config.patch(force_disable_caches=True):
         torch.compile(torch.ops.varcli.conv3x3, dynamic=False)(maps, weight, None, None, 8, POSITIONS // 8)
 
 
