@@ -22,9 +22,8 @@ class Measurement:
     milliseconds: float  # of a whole batch: the median, or where batches overlap the mean
     images_per_second: float  # batch size over that
     tflops: float  # 1e12 operations of the arithmetic a second; 0 where nothing is multiplied
-    share_of_matmul: (
-        float  # of the rate of a large matrix product on the same device in the same run, which is never FP8's
-    )
+    # of the rate of a large matrix product on the same device in the same run, which is never FP8's
+    share_of_matmul: float
     peak_gib: float | None  # GPU memory; None elsewhere
     precision: str  # fp32, bf16 or fp16
     is_compiled: bool  # whether torch.compile was at work

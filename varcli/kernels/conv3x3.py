@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varcli.kernels.group_norm import maps_of, moments_of, tokens_of
-from varcli.kernels.outputs import stored
+from varcli.kernels.outputs import stored, wide_dtype
 
 POSITIONS = 128  # of a map that are computed together, whose sums are one row of the partial sums
 WIDE = 128  # of the output channels, the first; the others are a power of two
@@ -76,7 +76,7 @@ def _conv3x3(
 def _conv3x3_cpu(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, height: int, width: int
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(tokens.dtype, torch.float32)
+    wide = wide_dtype(tokens)
     maps = tokens.transpose(1, 2).unflatten(2, (height, width)).to(wide)
     taps = weight.unflatten(0, (3, 3, -1)).permute(3, 2, 0, 1).to(wide)
     values = F.conv2d(maps, taps, None if bias is None else bias.to(wide), padding=1).flatten(2).transpose(1, 2)
@@ -90,6 +90,6 @@ def _conv3x3_shapes(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, height: int, width: int
 ) -> tuple[Tensor, Tensor]:
     batch, length, _ = tokens.shape
-    wide = torch.promote_types(tokens.dtype, torch.float32)
+    wide = wide_dtype(tokens)
     out = tokens.new_empty((batch, length, weight.shape[1]))
     return out, tokens.new_empty((batch, length // POSITIONS, 2, weight.shape[1]), dtype=wide)

@@ -29,6 +29,11 @@ def _varcli_round_rows(x_ptr, rounded_ptr, scale_ptr, WIDTH: tl.constexpr, BLOCK
     tl.store(rounded_ptr + row * WIDTH + columns, rounded, mask=columns < WIDTH)
 
 
+def row_warps(block: int, most: int = 16) -> int:
+    """Return the warps of a program that holds one row of `block` channels."""
+    return min(most, max(1, block // _CHANNELS_A_WARP))
+
+
 def launch_round(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row over its scale in FP8, (M, K), and the scales, (M, 1)."""
     x_MK = x_MK.contiguous()
@@ -41,6 +46,6 @@ def launch_round(x_MK: Tensor) -> tuple[Tensor, Tensor]:
             scales,
             WIDTH=x_MK.shape[1],
             BLOCK=block,
-            num_warps=min(16, max(1, block // _CHANNELS_A_WARP)),
+            num_warps=row_warps(block),
         )
     return rounded, scales

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from varcli.kernels.fp8_triton import row_scale
+from varcli.kernels.fp8_triton import row_scale, row_warps
 from varcli.kernels.outputs import rows_like
 
 _COLUMNS = 1024  # of a program, 8 neighbouring ones a thread: 16 bytes of bfloat16
@@ -18,7 +18,6 @@ _TILE_ROWS = 2  # at once, so that more loads are on their way
 _FORWARD_ROWS = 16  # of a program, which share a bias
 _BACKWARD_ROWS = 128  # of a program: the sums it leaves behind are then 1 % of what it reads
 _NUM_WARPS = 4
-_CHANNELS_A_WARP = 256  # where a program has whole rows, one at a time
 _FEW_ROWS = 8192  # fewer whole rows are spread over the device one a program, for the shortest time
 
 
@@ -145,4 +144,4 @@ def _tile(width: int, rounds: bool) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     if not rounds:
         return {"BLOCK": min(_COLUMNS, block), "TILE_ROWS": _TILE_ROWS, "num_warps": _NUM_WARPS}
-    return {"BLOCK": block, "TILE_ROWS": 1, "num_warps": min(32, max(1, block // _CHANNELS_A_WARP))}
+    return {"BLOCK": block, "TILE_ROWS": 1, "num_warps": row_warps(block, most=32)}

@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from varcli.kernels.fp8_triton import row_scale
+from varcli.kernels.fp8_triton import row_scale, row_warps
 
 _FORWARD_ROWS = 8  # a program: few, as nothing but the three vectors is shared by them
 _FEW_ROWS = 8192  # of all samples: fewer are spread over the device one a program, for the shortest time
 _BACKWARD_ROWS = 64  # a program: the sums it leaves behind are then 2 % of what it reads
-_CHANNELS_A_WARP = 256  # 8 a thread
 
 
 @triton.jit
@@ -175,7 +174,7 @@ def launch_forward(
             WIDTH=width,
             BLOCK=block,
             ROWS=rows,
-            num_warps=_num_warps(block),
+            num_warps=row_warps(block),
         )
     return out, normed, mean, inverse
 
@@ -224,13 +223,9 @@ def launch_backward(
             WIDTH=width,
             BLOCK=block,
             ROWS=_BACKWARD_ROWS,
-            num_warps=_num_warps(block),
+            num_warps=row_warps(block),
         )
     return grad_stream, grad_branch, sums.sum(dim=1)
-
-
-def _num_warps(block: int) -> int:
-    return min(16, max(1, block // _CHANNELS_A_WARP))
 
 
 def _dense_rows(vector_B1C: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ def _shrink(trainer: TransformerTrainer, start_step: int) -> None:
     before = trainer.micro_batch_size
     trainer.micro_batch_size = share_evenly(trainer.batch_size, before // 2)
     trainer.updater.optimizer.zero_grad(set_to_none=True)
-    torch.compiler.reset()  # what was compiled for a size that does not fit would take the place of others
+    if trainer.is_compiled:
+        torch.compiler.reset()  # what was compiled for a size that does not fit would take the place of others
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
     text = f"{before:,} images at a time do not fit the memory: going on with {trainer.micro_batch_size:,}"
