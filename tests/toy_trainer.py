@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,7 +28,8 @@ class ToyTrainer(Trainer):
     published = "toy"
 
     def __init__(self, steps: int, spoilt: tuple[int, ...] = (), width: int = 3) -> None:
-        torch.manual_seed(0)
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # all that a checkpoint holds
+            seed(0)
         self.model = nn.Sequential(nn.Linear(5, width), nn.Dropout(0.5), nn.Linear(width, 1))
         self.average = Ema(self.model, 0.9)
         self.generator = torch.Generator().manual_seed(1)

@@ -58,6 +58,7 @@ def test_torch_compile_takes_the_answer_as_it_is(answer, monkeypatch):
     def ask(x: torch.Tensor) -> torch.Tensor:
         return x + 1 if is_gain(160, 160, 65536, torch.device("cuda")) else x - 1
 
+    introduce()
     torch.compiler.reset()
     compiled = torch.compile(ask, backend="aot_eager", fullgraph=True)
     assert compiled(torch.zeros(2))[0] == (1 if answer else -1)

@@ -30,18 +30,18 @@ def is_gain(in_channels: int, out_channels: int, positions: int, device: torch.d
     return fits and _is_timed_on(device)
 
 
-@torch.compiler.assume_constant_result  # torch.compile would break its graph to ask
 def _is_timed_on(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) == _CAPABILITY
 
 
 @functools.cache
 def introduce() -> None:
-    """Let torch.compile meet the operator alone, before it meets it deep in a decoder.
+    """Let torch.compile meet the operator alone, before it meets it deep in a tokenizer's encoder or decoder.
 
-    At the first meeting torch 2.11 writes out all that an operator's inputs came from, for a log: a text that every residual
+    And let it ask which GPU it is without breaking its graph. At the first meeting torch 2.11 writes out all that an operator's inputs came from, for a log: a text that every residual
     block doubles, so that it did not end within minutes. 2.14 writes it when the log is read.
     """
+    torch.compiler.assume_constant_result(_is_timed_on)  # here, since it brings the compiler, which takes seconds
     maps, weight = torch.zeros(1, POSITIONS, DEPTH), torch.zeros(9 * DEPTH, _OUT)
     # what comes from a cache is not met, and torch warns that there is none
     with warnings.catch_warnings(action="ignore"), torch.compiler.config.patch(force_disable_caches=True):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from varcli.devices import autocast, exact_convolutions, try_compiled
+from varcli.kernels.conv3x3 import introduce
 from varcli.tokenizer.base import TokenizerConfig
 from varcli.tokenizer.vqvae import VQVAE
 
@@ -78,6 +79,8 @@ class BatchEncoder:
         # tensor cores convolve channels-last maps as they are; torch's group norm on a CPU rounds more in that layout
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self._fast = None if self.is_exact else _FastPath(model, layout)
+        if self.is_compiled and self.device.type == "cuda":
+            introduce()
         self._run = torch.compile(self._fast, dynamic=False) if self.is_compiled else self._fast
 
     @torch.no_grad()
