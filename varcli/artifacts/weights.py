@@ -12,8 +12,8 @@ from varcli.errors import ArtifactError
 if TYPE_CHECKING:
     import torch
 
-# functions of torch.nn.init and tensors, which return what they change; dividing on the meta device imports sympy
-_LEFT_OUT = ("normal_", "uniform_", "div_")
+# functions of torch.nn.init and tensors that return what they change: on the meta device some import sympy or the compiler
+_LEFT_OUT = ("normal_", "uniform_", "div_", "erfinv_", "clamp_")
 _HINT = "its config and its weights do not belong together"
 
 
