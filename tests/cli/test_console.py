@@ -50,6 +50,20 @@ def test_progress_without_terminal_is_lines(capsys: pytest.CaptureFixture[str], 
     ]
 
 
+def test_the_end_is_told_once_whatever_is_said_after_it(capsys: pytest.CaptureFixture[str]):
+    on_step = console.progress("training")
+    for message in (None, "validation: loss 4", "evaluation: fid 3"):
+        on_step(Step(2, 2, values={"loss": 4.0}, message=message))
+    on_step(Step(2, 2, values={"loss": 3.0}))  # another job of the same length
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "training: 2/2 steps, loss 4",
+        "validation: loss 4",
+        "evaluation: fid 3",
+        "training: 2/2 steps, loss 3",
+    ]
+
+
 def test_rate_of_a_resumed_job_counts_from_where_it_went_on(monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
@@ -91,6 +105,14 @@ def test_progress_on_a_terminal_is_a_bar_that_closes_itself(terminal: pytest.Cap
     assert "2/2 images" in seen
     assert "[bold] half \\x1b" in seen
     assert seen.rstrip().endswith("\x1b[?25h")  # the cursor is given back
+
+
+def test_what_is_said_after_the_end_draws_no_second_bar(terminal: pytest.CaptureFixture[str]):
+    on_step = console.progress("training")
+    on_step(Step(2, 2))
+    terminal.readouterr()
+    on_step(Step(2, 2, message="validation: loss 4"))
+    assert terminal.readouterr().err == "validation: loss 4\n"
 
 
 def test_anything_printed_closes_the_bar_first(terminal: pytest.CaptureFixture[str]):

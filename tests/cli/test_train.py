@@ -40,6 +40,7 @@ def test_a_run_is_planned_trained_and_reported(place):
     assert result.exit_code == 0, result.stderr
     for text in ("depth 2, width 32", "40 images x 2 views in 3 classes, 12 held out", "6 steps of 8 images", "cpu"):
         assert text in result.stderr
+    assert result.stderr.count("training: 6/6 steps") == 1  # not again with what the validation came to
     value = json.loads(result.stdout)
     assert (value["folder"], value["steps"]) == ("runs/d2", 6)
     assert value["validation"]["loss"] == value["best"]["loss"]

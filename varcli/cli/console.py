@@ -129,10 +129,13 @@ class Lines:
         self.description = description
         self.clock = Clock()
         self.last_line = time.monotonic()
+        self.end = End()
 
     def __call__(self, step: Step) -> None:
         if step.message:
             note(step.message)
+        if self.end.is_told(step):
+            return
         self.clock.update(step)
         now = time.monotonic()
         if step.done == step.total or now - self.last_line >= _LINE_EVERY:
@@ -174,8 +177,13 @@ class Bar(Display):
         self.description = description
         self.clock = Clock()
         self.task: Any = None
+        self.end = End()
 
     def __call__(self, step: Step) -> None:
+        if self.end.is_told(step):
+            if step.message:
+                note(step.message)
+            return
         if self.display is None:
             self.start(step)
         self.clock.update(step)
@@ -197,6 +205,18 @@ class Bar(Display):
         )
         self.task = display.add_task(printable(self.description), total=step.total, status="")
         self.show(display)
+
+
+class End:
+    """Whether the end of a job was shown already: what is said after it, such as how a validation went, is no second end."""
+
+    def __init__(self) -> None:
+        self.last: tuple[object, ...] | None = None
+
+    def is_told(self, step: Step) -> bool:
+        """Take a report; say whether it is the end, and as the report before it was."""
+        before, self.last = self.last, (step.done, step.total, step.unit, tuple(step.values.items()))
+        return step.done == step.total and self.last == before
 
 
 class Clock:
