@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from varcli.kernels import (
+    attention,
+    attention_triton,
     conv3x3_triton,
     fp8_triton,
     gelu_triton,
@@ -150,6 +152,27 @@ def measure_steps(batch: int, lengths: tuple[int, ...], heads: int, width: int, 
     return result
 
 
+def measure_attention(batch: int, lengths: tuple[int, ...], heads: int, width: int, tile: int) -> dict[str, float]:
+    """Forward and backward of `attend` in tiles of so many tokens; the first head's temperature is above its cap."""
+    qkv = torch.randn(batch, sum(lengths), 3 * heads * width)
+    q_bias, v_bias = torch.randn(2, heads * width)
+    log_scale = torch.linspace(5, -1, heads).view(1, heads, 1, 1)
+    wide = [tensor.double().requires_grad_() for tensor in (qkv, q_bias, v_bias, log_scale)]
+    expected = attention.attend(*wide, CAP, lengths, 0.7).unflatten(2, (heads, width))
+    grad = torch.randn(expected.shape)
+    expected.backward(grad.double())
+    q, k, v, *inverses = qk_triton.launch_forward(qkv, q_bias, v_bias, log_scale, CAP)
+    shape = attention_triton.Shape(tile, 16, 4, 1)
+    with patch.multiple(attention_triton, FORWARD=shape, BACKWARD_QUERIES=shape, BACKWARD_KEYS=shape):
+        seen = attention_triton.launch_forward(q, k, v, lengths, 0.7)
+        given = (grad, q, k, v, *seen, *inverses, log_scale, CAP, lengths, 0.7)
+        found, biases, scales = attention_triton.launch_backward(*given)
+    pairs = {"seen": (seen[0], expected), "qkv": (found, wide[0].grad), "log_scale": (scales, wide[3].grad.flatten())}
+    pairs |= {"q_bias": (biases[0], wide[1].grad), "v_bias": (biases[1], wide[2].grad)}
+    # queries are up to 100 long, which multiplies the rounding of keys before the softmax
+    return {name: distance(*pair) / 20 for name, pair in pairs.items()}
+
+
 def measure_group_norm(batch: int, length: int, width: int, dtype: torch.dtype) -> dict[str, float]:
     """The passes of `group_norm`: sums of tokens with and without a bias, of a residual, and the normalised values."""
     tokens, branch = torch.randn(2, batch, length, width).to(dtype)
@@ -211,6 +234,8 @@ def main() -> None:
         for shape in ((2, 289, 40), (1, 7, 160), (1, 600, 3))[:few]:
             results[f"{dtype} group norm {shape}"] = measure_group_norm(*shape, dtype)
     # the interpreter's products of bfloat16 are wrong
+    for shape in ((2, (1, 4, 9, 16, 25), 3, 32, 32), (1, (1, 40, 9), 2, 24, 16), (1, (7,), 2, 16, 16)):
+        results[f"{torch.float32} attention {shape}"] = measure_attention(*shape)
     results[f"{torch.float32} conv3x3"] = measure_conv3x3(2, 32, 160, torch.float32)
     print(json.dumps(results))
 

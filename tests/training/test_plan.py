@@ -7,6 +7,7 @@ import torch
 
 from varcli.distributed import World
 from varcli.errors import ConfigError
+from varcli.kernels import KERNELS
 from varcli.scales import PatchNums
 from varcli.training import plan
 from varcli.training.objective import measure
@@ -43,7 +44,7 @@ def kept_bytes(config: TransformerConfig, dtype: torch.dtype, kernels: str, batc
     return sum(size for place, size in storages.items() if place not in weights)
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("mlp_ratio", "dropout", "shared_adaln"), [(4.0, 0.0, False), (2.5, 0.1, True)])
 def test_activations_are_what_autograd_keeps(kernels, dtype, mlp_ratio, dropout, shared_adaln):

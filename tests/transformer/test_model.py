@@ -227,9 +227,24 @@ def test_fused_passes_compile_as_one_graph(lively_transformer, features, autocas
             torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_attention_of_all_steps_at_once_gives_what_steps_one_by_one_do(lively_transformer, features):
+    changes = {"width": 64, "num_heads": 2, "init_adaln_gamma": 0.5}
+    model = Transformer(TransformerConfig(**{**vars(lively_transformer.config), **changes}))
+    found = {}
+    for kernels in ("triton", "fused"):
+        model.kernels = kernels
+        with torch.autocast("cpu", torch.bfloat16):
+            found[kernels] = torch.cat([part.flatten() for part in gradients(model, features)])
+    model.kernels = "triton"
+    exact = torch.cat([part.flatten() for part in gradients(model, features)])
+    fused, stepwise = ((found[kernels] - exact).norm() / exact.norm() for kernels in ("fused", "triton"))
+    assert 0 < fused < 1.2 * stepwise < 0.02 and fused != stepwise
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton", "fused"])
 def test_parts_compiled_alone_give_the_same_and_one_block_is_compiled_for_all(lively_transformer, features, kernels):
-    model = Transformer(TransformerConfig(**{**vars(lively_transformer.config), "depth": 6, "init_adaln_gamma": 0.5}))
+    changes = {"depth": 6, "init_adaln_gamma": 0.5, "width": 64, "num_heads": 2}
+    model = Transformer(TransformerConfig(**{**vars(lively_transformer.config), **changes}))
     model.kernels = kernels
     with torch.autocast("cpu", torch.bfloat16):
         eager = gradients(model, features)

@@ -27,7 +27,7 @@ class Measurement:
     peak_gib: float | None  # GPU memory; None elsewhere
     precision: str  # fp32, bf16 or fp16
     is_compiled: bool  # whether torch.compile was at work
-    kernels: str | None = None  # train: torch or triton
+    kernels: str | None = None  # train: torch, triton or fused
     is_fp8: bool = False  # whether the blocks' large products were in FP8
     model: dict[str, Any] = field(default_factory=dict)  # what ran: its sizes
     details: dict[str, Any] = field(default_factory=dict)  # further numbers of this stage alone

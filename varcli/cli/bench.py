@@ -42,7 +42,8 @@ def bench(
     ] = None,
     compile_: Annotated[bool, Option("--compile", help="Use torch.compile.")] = False,
     kernels: Annotated[
-        list[str] | None, Option("--kernels", help="train: auto, torch or triton; repeat it to compare. Default: auto.")
+        list[str] | None,
+        Option("--kernels", help="train: auto, torch, triton or fused; repeat it to compare. Default: auto."),
     ] = None,
     fp8: Annotated[bool, Option("--fp8", help="train, sample: large products in FP8, from H100 or L40S on.")] = False,
     profile: Annotated[bool, Option("--profile", help="Also show where the time goes, kernel by kernel.")] = False,

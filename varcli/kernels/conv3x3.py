@@ -38,7 +38,9 @@ def _is_timed_on(device: torch.device) -> bool:
 def introduce() -> None:
     """Let torch.compile meet the operator alone, before it meets it deep in a tokenizer's encoder or decoder.
 
-    And let it ask which GPU it is without breaking its graph. At the first meeting torch 2.11 writes out all that an operator's inputs came from, for a log: a text that every residual
+    And let it ask which GPU it is without breaking its graph.
+
+    At the first meeting torch 2.11 writes out all that an operator's inputs came from, for a log: a text that every residual
     block doubles, so that it did not end within minutes. 2.14 writes it when the log is read.
     """
     torch.compiler.assume_constant_result(_is_timed_on)  # here, since it brings the compiler, which takes seconds

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varcli.kernels.attention import attend, is_served
 from varcli.kernels.fp8 import Rounded, fp8_product, round_rows
 from varcli.kernels.fp8_rows import Rows, plain_rows, rows_product, to_rows
 from varcli.kernels.qk import normalize_into, normalized_steps
@@ -145,6 +146,7 @@ class SelfAttention(nn.Module):
             self.softmax_scale = 1.0
         self.proj = BlockLinear(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
+        self.is_fused = False  # attention of all steps in one kernel, where it is served
 
     def project(self, x_BlC: Tensor | Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, (B, n, l, d) each. x: see `product`."""
@@ -162,10 +164,10 @@ class SelfAttention(nn.Module):
         if self.log_scale is None:
             x_BLC = x_BLC.whole if isinstance(x_BLC, Rounded) else x_BLC
             return attend_by_step(*self.project(x_BLC), step_lengths, self.softmax_scale)
-        learned = (self.q_bias, self.v_bias, self.log_scale)
-        return _attend(
-            normalized_steps(product(self.qkv, x_BLC), *learned, _MAX_LOG_SCALE, step_lengths), self.softmax_scale
-        )
+        qkv, learned = product(self.qkv, x_BLC), (self.q_bias, self.v_bias, self.log_scale)
+        if self.is_fused and is_served(qkv.dtype, qkv.shape[2] // (3 * self.num_heads)):
+            return attend(qkv, *learned, _MAX_LOG_SCALE, step_lengths, self.softmax_scale)
+        return _attend(normalized_steps(qkv, *learned, _MAX_LOG_SCALE, step_lengths), self.softmax_scale)
 
     def attend_cached(self, x_BlC: Tensor | Rows, cache: LayerCache, start: int) -> Tensor:
         """`attend_steps` for the tokens of one step, from position `start` on, whose keys and values join the cache."""

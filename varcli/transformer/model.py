@@ -55,7 +55,6 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.kernels = "torch"  # or "triton" for the fewer passes of `varcli.kernels`
         width = config.width
         self.class_embedding = nn.Embedding(config.num_classes + 1, width)  # the last row stands for no class
         self.start_position = nn.Parameter(torch.empty(1, config.step_lengths[0], width))
@@ -70,12 +69,25 @@ class Transformer(nn.Module):
         # on a real device even if the weights are not, so that weights can be put in place later
         self.register_buffer("step_of_token_L", torch.tensor(steps, device="cpu"), persistent=False)
         self._before_attention, self._after_attention = cached_queries, Block.after_attention
+        self.kernels = "torch"
         self.init_weights()
 
     @property
     def num_parameters(self) -> int:
         """Count of all weights."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def kernels(self) -> str:
+        """One of `varcli.kernels.KERNELS`: "torch", or another for the fewer passes of `varcli.kernels`."""
+        return self._kernels
+
+    @kernels.setter
+    def kernels(self, name: str) -> None:
+        """Take one of `varcli.kernels.KERNELS`."""
+        self._kernels = name
+        for block in self.blocks:
+            block.attention.is_fused = name == "fused"
 
     # -- teacher forcing -----------------------------------------------------------------------------------------
 
@@ -102,7 +114,7 @@ class Transformer(nn.Module):
         first = condition_BC.unsqueeze(1) + self.start_position.float()
         x = torch.cat((first, self._project(x_BLZ)), dim=1) + self._embed_positions(0, config.seq_len)
         x = x.to(self._compute_dtype())
-        return Stream(x) if self.kernels == "triton" else x, *self._modulate(condition_BC)
+        return x if self.kernels == "torch" else Stream(x), *self._modulate(condition_BC)
 
     def _run_blocks(self, x: Tensor | Stream, condition: Condition, branches: Tensor | None) -> Tensor | Stream:
         by_block = [None] * self.config.depth if branches is None else branches.unbind()
@@ -143,7 +155,7 @@ class Transformer(nn.Module):
         label_smoothing: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         h_BLC, targets = self._last_norm(x, *head_modulation), codes_BL.flatten()
-        if self.kernels == "triton":
+        if self.kernels != "torch":
             layer = self.output_projection
             loss, losses_N, hits_N = linear_cross_entropy(
                 h_BLC.flatten(0, 1), layer.weight, layer.bias, targets, label_smoothing, self._compute_dtype()
@@ -229,7 +241,7 @@ class Transformer(nn.Module):
             x = self._project(x_BlZ)
         start, end = cache.position, cache.position + length
         x = (x + self._embed_positions(start, end)).to(self._compute_dtype())
-        x = Stream(x) if self.kernels == "triton" else x
+        x = x if self.kernels == "torch" else Stream(x)
         for block, modulation, layer in zip(self.blocks, cache.modulations, cache.layers, strict=True):
             if isinstance(x, Stream):
                 x = block.step(x, modulation, layer, start)
@@ -344,27 +356,3 @@ class Transformer(nn.Module):
                 gates, others = block.modulation.weight.split((2 * config.width, 4 * config.width))
             gates.mul_(config.init_adaln_gamma)
             others.mul_(config.init_adaln)
-
-
-def drop_labels(labels_B: Tensor, num_classes: int, rate: float, generator: torch.Generator | None = None) -> Tensor:
-    """Replace each label by `num_classes`, which stands for no class, with chance `rate`.
-
-    generator: on the labels' device; None uses torch's own. Classifier-free guidance needs the result in training.
-    """
-    dropped_B = torch.rand(labels_B.shape, generator=generator, device=labels_B.device) < rate
-    return torch.where(dropped_B, num_classes, labels_B)
-
-
-def drop_branches(
-    config: TransformerConfig, batch_size: int, generator: torch.Generator | None, device: torch.device
-) -> Tensor | None:
-    """Draw stochastic depth for a batch: factors (depth, 2, B), float32, on the gates of attention and feed-forward.
-
-    A branch is closed with a chance that rises from 0 in the first block to `config.drop_path` in the last, and the others
-    open wider to keep the mean. None if nothing is ever closed. generator: on `device`; None uses torch's own.
-    """
-    if config.drop_path == 0 or config.depth == 1:
-        return None
-    keep = torch.linspace(1, 1 - config.drop_path, config.depth, device=device)[:, None, None]
-    drawn = torch.rand(config.depth, 2, batch_size, generator=generator, device=device)
-    return (drawn < keep) / keep
