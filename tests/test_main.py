@@ -1,4 +1,4 @@
-"""Ctrl-C while the program is still being imported ends it as it does later: one error, code 130."""
+"""Ctrl-C or SIGTERM while the program is still being imported ends it as it does later: one error, code 130 or 75."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # what stands in for typer, whose import is the first long one
-IN_IMPORT = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+IN_IMPORT = "import os, signal; os.kill(os.getpid(), signal.{name})"
 IN_CALLBACK = """
 import os, signal, time, weakref
 class Lock: pass
 lock = Lock()
-watch = weakref.ref(lock, lambda _: os.kill(os.getpid(), signal.SIGINT))
+watch = weakref.ref(lock, lambda _: os.kill(os.getpid(), signal.{name}))
 del lock  # Python drops what is raised in there, as in the callback that ends an import
-time.sleep(20)
+for _ in range(200): time.sleep(0.1)  # a long one would be slept to its end
 """
+ENDS = {"SIGINT": (130, "error: interrupted\n"), "SIGTERM": (75, "error: stopped by SIGTERM\n")}
 
 
-def _run(stand_in: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def _run(stand_in: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     (folder / "typer.py").write_text(stand_in, encoding="utf-8")
     return subprocess.run(
         [sys.executable, "-m", "varcli", "--version"],
-        env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
+        env={**os.environ, **variables, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -37,12 +38,20 @@ def _run(stand_in: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a process cannot send itself SIGINT")
+@pytest.mark.skipif(os.name == "nt", reason="a process cannot send itself signals")
+@pytest.mark.parametrize("name", ENDS)
 @pytest.mark.parametrize("stand_in", [IN_IMPORT, IN_CALLBACK], ids=["in an import", "where Python drops it"])
-def test_interrupt_during_the_imports_is_one_error(stand_in: str, tmp_path: Path):
-    done = _run(stand_in, tmp_path)
-    assert done.returncode == 130, done.stderr
-    assert done.stderr.startswith("error: interrupted\n"), done.stderr
+def test_signal_during_the_imports_is_one_error(stand_in: str, name: str, tmp_path: Path):
+    code, message = ENDS[name]
+    done = _run(stand_in.format(name=name), tmp_path)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(message), done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process cannot send itself signals")
+def test_one_of_several_processes_leaves_sigterm_to_torchrun(tmp_path: Path):
+    done = _run(IN_IMPORT.format(name="SIGTERM"), tmp_path, WORLD_SIZE="2")
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
 
 
 def test_script_starts_where_interrupts_are_cared_for():

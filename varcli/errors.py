@@ -78,6 +78,10 @@ class InterruptedRun(VarcliError):
     exit_code = 75
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does; raised in the main thread wherever it is, and nobody's to mend."""
+
+
 def closest_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """Return up to `count` entries of `known` nearest in spelling to `name`, ignoring case."""
     by_folded = {entry.casefold(): entry for entry in known}

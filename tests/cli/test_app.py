@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from varcli.cli import console
 from varcli.cli.app import COMMANDS, app, guarded
-from varcli.errors import ConfigError, IntegrityError, InterruptedRun, LockedError, UnsafeFileError
+from varcli.errors import ConfigError, IntegrityError, InterruptedRun, LockedError, Terminated, UnsafeFileError
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTERED = {command.name: command.callback for command in app.registered_commands} | {
@@ -107,6 +107,14 @@ def test_keyboard_interrupt_exits_130():
     done = _run(KeyboardInterrupt())
     assert done.exit_code == 130
     assert done.stderr.startswith("error: interrupted\n")
+
+
+def test_sigterm_is_told_and_exits_75():
+    done = _run(Terminated())
+    assert done.exit_code == 75
+    assert (
+        done.stderr == "error: stopped by SIGTERM\n\nhint: run the same command again to go on from what was finished\n"
+    )
 
 
 def test_bug_exits_70_without_traceback():

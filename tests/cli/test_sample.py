@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +272,22 @@ def test_settings_that_the_model_suggests_are_used_and_told_unless_some_are_give
     save_transformer(model / "transformer", transformer, {**info, "sampling": {"cfg": "high"}})
     done = run(*arguments, "--out", tmp_path / "c")
     assert done.exit_code == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGTERM to catch")
+def test_sigterm_keeps_what_was_drawn_and_says_so(model, tmp_path):
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": str(Path(app_module.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "varcli", "sample", "--model", model, "--class", "boat", "--out", out, "--device"]
+    command = [str(part) for part in (*command, "cpu", "--n", 99_999, "--batch-size", 1)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (out.exists() and list(out.glob("0001-*.png"))):
+            time.sleep(0.05)
+        process.terminate()
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 75, told
+    assert told.count("error: ") == 1 and "stopped by SIGTERM" in told and "run the same command again" in told
+    assert list(out.glob("0001-*.png")) and not (out / "manifest.json").exists()
 
 
 @pytest.mark.distributed

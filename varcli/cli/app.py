@@ -74,8 +74,9 @@ COMMANDS = {
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Wrap a command so that its errors become `error: ...` and `hint: ...` on stderr and an exit code.
 
-    VarcliError exits with its own code; a full disk or an unreadable file with 1; no memory with 8; Ctrl-C with 130; a
-    reader that closed the pipe with 1 and no word; anything else, which is a bug, with 70. `--debug` shows the traceback.
+    VarcliError exits with its own code; a full disk or an unreadable file with 1; no memory with 8; Ctrl-C with 130, SIGTERM
+    with 75; a reader that closed the pipe with 1 and no word; anything else, which is a bug, with 70. `--debug`
+    shows the traceback.
     """
     signature = inspect.signature(command, eval_str=True)
     option = typer.Option("--debug", help="Show where in the code an error came from.", show_default=False)
@@ -113,7 +114,7 @@ def report_error(error: BaseException) -> int:
         console.error(str(error), error.hint)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return console.interrupted()
+        return console.interrupted(error)
     if _is_out_of_memory(error):
         console.error(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}",

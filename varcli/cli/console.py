@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
+from varcli.errors import Terminated
 from varcli.progress import OnStep, Step, format_seconds
 
-INTERRUPTED = 130  # exit code, as shells give it
+INTERRUPTED = 130  # exit code of Ctrl-C, as shells give it
+TERMINATED = 75  # of SIGTERM: to run the command again is worth it, which a scheduler may know
 _LINE_EVERY = 5.0  # seconds between progress lines where there is no terminal
 _HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -96,10 +98,12 @@ def error(message: str, hint: str | None = None) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def interrupted() -> int:
-    """Tell that Ctrl-C ended the command, and return the exit code that belongs to it."""
-    error("interrupted", "run the same command again to go on from what was finished")
-    return INTERRUPTED
+def interrupted(by: KeyboardInterrupt) -> int:
+    """Tell that Ctrl-C or SIGTERM ended the command, and return the exit code that belongs to it."""
+    is_terminated = isinstance(by, Terminated)
+    what = "stopped by SIGTERM" if is_terminated else "interrupted"
+    error(what, "run the same command again to go on from what was finished")
+    return TERMINATED if is_terminated else INTERRUPTED
 
 
 def progress(description: str) -> OnStep:
