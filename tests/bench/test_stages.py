@@ -171,7 +171,6 @@ def test_an_unknown_stage_lists_all_and_a_count_below_one_names_its_option():
     assert "known: all, eval, sample, tokenize, tokenize-files, train, train-tokenizer" in told.output
     for option in ("--batch-size", "--repeats", "--depth"):
         told = CliRunner().invoke(app, ["bench", "train", option, "0"], env={"COLUMNS": "120"})
-        assert told.exit_code == 2 and "must be 1 or more, but is 0" in told.output
-        assert option.lstrip("-") in told.output
+        assert told.exit_code == 1 and f"`{option}` must be 1 or more, but is 0" in told.output
     with pytest.raises(ConfigError, match="batch_size must be 1 or more, but is 0"):
         BenchConfig(batch_sizes=(4, 0))

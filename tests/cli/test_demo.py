@@ -94,9 +94,16 @@ def test_demo_chooses_its_steps_by_the_minutes_given(place: Path, monkeypatch: p
     assert asked == [20, 3000]  # the least and the most
 
 
-@pytest.mark.parametrize("options", [["--minutes", "0"], ["--steps", "0"], ["--per-class", "0"]])
-def test_demo_of_nothing_is_refused_before_it_starts(place: Path, options: list[str]):
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--minutes", "0"], "minutes must be above 0, but is 0"),
+        (["--steps", "0"], "`--steps` must be 1 or more, but is 0"),
+        (["--per-class", "-2"], "`--per-class` must be 1 or more, but is -2"),
+    ],
+)
+def test_demo_of_nothing_is_refused_before_it_starts(place: Path, options: list[str], said: str):
     done = CliRunner().invoke(app, ["demo", *options])
     assert done.exit_code == 1
-    assert "minutes must be above 0" in done.stderr
+    assert said in done.stderr
     assert list(place.iterdir()) == []

@@ -36,6 +36,7 @@ import typer
 
 from varcli import __version__
 from varcli.cli import console
+from varcli.cli.ranges import check_ranges, take_ranges
 from varcli.errors import VarcliError
 
 INTERNAL_ERROR, OUT_OF_MEMORY = 70, 8
@@ -78,7 +79,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     with 75; a reader that closed the pipe with 1 and no word; anything else, which is a bug, with 70. `--debug`
     shows the traceback.
     """
-    signature = inspect.signature(command, eval_str=True)
+    signature, ranges = take_ranges(inspect.signature(command, eval_str=True))
     option = typer.Option("--debug", help="Show where in the code an error came from.", show_default=False)
     debug_option = inspect.Parameter(
         "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
@@ -87,10 +88,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*arguments: Any, debug: bool = False, **options: Any) -> None:
         try:
+            check_ranges(ranges, options)
             command(*arguments, **options)
             console.close_progress()
             sys.stdout.flush()
-        except (typer.Exit, typer.Abort, typer.BadParameter):
+        except (typer.Exit, typer.Abort):
             raise
         except BrokenPipeError:
             _discard_output()

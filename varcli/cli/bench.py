@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, BadParameter, Option
+from typer import Argument, Option
 
 from varcli.cli import console
 from varcli.cli.options import (
@@ -32,13 +32,13 @@ def bench(
     stage: Annotated[
         str, Argument(help="tokenize, train, sample, all (these three), train-tokenizer, tokenize-files, or eval.")
     ] = "all",
-    depth: Annotated[int, Option("--depth", help="Blocks of the transformer.")] = 16,
+    depth: Annotated[int, Option("--depth", min=1, help="Blocks of the transformer.")] = 16,
     scales: Annotated[
         str, Option("--scales", help="256, 512, 1024, or sides of the token maps such as 1,2,4.")
     ] = "256",
-    tokenizer_width: Annotated[int, Option("--tokenizer-width", help="Channels of the tokenizer.")] = 160,
+    tokenizer_width: Annotated[int, Option("--tokenizer-width", min=1, help="Channels of the tokenizer.")] = 160,
     batch_size: Annotated[
-        list[int] | None, Option("--batch-size", help="Images at once; repeat it for several. Default: 64.")
+        list[int] | None, Option("--batch-size", min=1, help="Images at once; repeat it for several. Default: 64.")
     ] = None,
     compile_: Annotated[bool, Option("--compile", help="Use torch.compile.")] = False,
     kernels: Annotated[
@@ -47,7 +47,7 @@ def bench(
     ] = None,
     fp8: Annotated[bool, Option("--fp8", help="train, sample: large products in FP8, from H100 or L40S on.")] = False,
     profile: Annotated[bool, Option("--profile", help="Also show where the time goes, kernel by kernel.")] = False,
-    repeats: Annotated[int, Option("--repeats", help="Timed runs; the median counts.")] = 5,
+    repeats: Annotated[int, Option("--repeats", min=1, help="Timed runs; the median counts.")] = 5,
     count: Annotated[
         int | None,
         Option("--n", min=2, help="Pictures; default: eval 50,000, tokenize-files 16,384.", show_default=False),
@@ -71,10 +71,6 @@ def bench(
 
     --json prints a line for each result, which says on its own what ran where.
     """
-    sizes = [("--batch-size", size) for size in batch_size or ()]
-    for name, value in (("--depth", depth), ("--repeats", repeats), *sizes):
-        if value < 1:
-            raise BadParameter(f"must be 1 or more, but is {value}", param_hint=name)
     if stage == "eval":
         _evaluation(count or 50_000, size, workers, device, json)
         return

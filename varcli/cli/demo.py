@@ -19,9 +19,9 @@ def demo(
     out: OutOption = Path("demo"),
     minutes: Annotated[float, Option("--minutes", help="Minutes of training.")] = 1.5,
     steps: Annotated[
-        int | None, Option("--steps", help="Optimizer steps, in place of --minutes.", show_default=False)
+        int | None, Option("--steps", min=1, help="Optimizer steps, in place of --minutes.", show_default=False)
     ] = None,
-    per_class: Annotated[int, Option("--per-class", help="Images each model draws of each class.")] = 32,
+    per_class: Annotated[int, Option("--per-class", min=1, help="Images each model draws of each class.")] = 32,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     json: JsonOption = False,

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, BadParameter, Option
+from typer import Argument, Option
 
 from varcli.cli import console
 from varcli.cli.formats import images, number
@@ -192,10 +192,10 @@ def _show_self_test(result: Any, as_json: bool) -> None:
 
 
 def _refuse(given: dict[str, Any], reason: str) -> None:
-    """Stop with a usage error at the first option that was given and has no place here."""
+    """Raise ConfigError at the first option that was given and has no place here."""
     for name, value in given.items():
         if value is not None and value is not False:
-            raise BadParameter(reason, param_hint=name)
+            raise ConfigError(f"`{name}` {reason}", "leave it out")
 
 
 def show(result: Any) -> None:

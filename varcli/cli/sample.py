@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import BadParameter, Option
+from typer import Option
 
 from varcli.cli import console
 from varcli.cli.options import (
@@ -28,15 +28,17 @@ _COMPILE_FROM = 1000  # images a process
 def sample(
     class_: ClassesOption = None,
     n: Annotated[
-        int | None, Option("--n", "--count", help="Images of each class; default: 16, or 4 without --class.")
+        int | None, Option("--n", "--count", min=1, help="Images of each class; default: 16, or 4 without --class.")
     ] = None,
     classes: Annotated[
         str | None, Option("--classes", help="all, in place of --class: every class.", show_default=False)
     ] = None,
-    per_class: Annotated[int | None, Option("--per-class", help="With --classes all; default: 4.")] = None,
+    per_class: Annotated[int | None, Option("--per-class", min=1, help="With --classes all; default: 4.")] = None,
     out: OutOption = Path("samples"),
     model: ModelOption = None,
-    cfg: Annotated[float | None, Option("--cfg", help="Guidance in VAR's convention: 0 is none. Default: 1.5.")] = None,
+    cfg: Annotated[
+        float | None, Option("--cfg", min=0, help="Guidance in VAR's convention: 0 is none. Default: 1.5.")
+    ] = None,
     cfg_schedule: Annotated[
         str | None, Option("--cfg-schedule", help="linear, cosine or constant over the scales. Default: linear.")
     ] = None,
@@ -50,7 +52,7 @@ def sample(
         ),
     ] = None,
     top_k: Annotated[
-        int | None, Option("--top-k", help="Draw from the k likeliest codes; 0 draws from all. Default: 900.")
+        int | None, Option("--top-k", min=0, help="Draw from the k likeliest codes; 0 draws from all. Default: 900.")
     ] = None,
     top_p: Annotated[
         float | None,
@@ -125,17 +127,12 @@ def sample(
     from varcli.sampling.write import sample_to_folder
 
     with join_world(device) as (world, own_device):  # whatever is wrong, one of the processes says so
-        for name, value in (("--n", n), ("--per-class", per_class)):
-            if value is not None and value < 1:
-                raise BadParameter(f"must be 1 or more, but is {value}", param_hint=name)
         if classes not in (None, "all"):
             raise ConfigError(f"`--classes` takes `all`, but got `{classes}`", "name single classes with --class")
         if classes and class_:
             raise ConfigError("`--class` and `--classes` both say which classes to draw", "give one of them")
         if per_class and not classes:
             raise ConfigError("`--per-class` goes with `--classes all`", "use --n for the images of each --class")
-        if top_k is not None and top_k < 0:
-            raise ConfigError(f"`--top-k` must be 0 or more, but is {top_k}")
         if compile_ not in ("auto", "on", "off"):
             raise unknown_name("value of --compile", compile_, ["auto", "on", "off"])
         found = find_model(model)

@@ -58,8 +58,11 @@ class DemoConfig:
     seed: int = 0  # of training and drawing
 
     def __post_init__(self) -> None:
-        if not self.minutes > 0 or self.per_class < 1 or (self.steps is not None and self.steps < 1):
-            raise ConfigError("minutes must be above 0, steps and per_class at least 1")
+        if not self.minutes > 0:
+            raise ConfigError(f"minutes must be above 0, but is {self.minutes:g}", "1.5 is enough to see something")
+        for name, count in (("steps", self.steps), ("per_class", self.per_class)):
+            if count is not None and count < 1:
+                raise ConfigError(f"{name} must be at least 1, but is {count}")
 
 
 @dataclass(frozen=True, kw_only=True)
