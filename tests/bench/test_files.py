@@ -10,6 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from varcli.bench import calibrate
+from varcli.bench.files import steady_rate
 from varcli.bench.pictures import draw_picture, write_photographs
 from varcli.cli.app import app
 from varcli.errors import ConfigError
@@ -57,7 +58,7 @@ def test_the_whole_way_and_its_parts_are_measured():
     assert whole["images_per_second"] == pytest.approx(9 / whole["details"]["seconds"])
     assert (whole["details"]["files"], whole["details"]["workers"], whole["precision"]) == (9, 0, "bf16")
     assert 0 < whole["details"]["agreement"]["tokens"] <= 1 and whole["details"]["agreement"]["images"] == 9
-    assert whole["details"]["steady_images_per_second"] > 0
+    assert whole["details"]["steady_images_per_second"] is None  # five batches
     assert decoding["tflops"] == 0 < encoder["tflops"]
     assert encoder["share_of_matmul"] == pytest.approx(encoder["tflops"] / 0.1)
 
@@ -67,6 +68,14 @@ def test_people_read_a_table_and_what_it_has_no_column_for():
     assert result.exit_code == 0, result.output
     assert "tokenize-files: encoder alone" in result.stdout and "9 files of" in result.stdout
     assert "of tokens" not in result.stdout  # float32 is what others are compared with
+    assert "after the first batch" not in result.stdout
+
+
+def test_a_rate_after_the_first_batch_needs_batches_enough():
+    moments = [(4 * batch, 100 + 2.0 * batch) for batch in range(1, 10)]
+    assert steady_rate(moments) == 2.0
+    assert steady_rate(moments[:8]) is None
+    assert steady_rate([]) is None
 
 
 def test_one_file_is_not_enough():

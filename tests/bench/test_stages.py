@@ -38,7 +38,8 @@ def test_every_stage_is_measured_with_consistent_numbers(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_line_of_json_says_on_its_own_what_ran_where(stage):
-    command = ["bench", stage, "--depth", "1", "--scales", "1,2", "--tokenizer-width", "32", "--repeats", "1"]
+    command = ["bench", stage, "--scales", "1,2", "--tokenizer-width", "32", "--repeats", "1"]
+    command += ["--depth", "1"] if stage in ("train", "sample") else []
     command += ["--batch-size", "1", "--batch-size", "2", "--device", "cpu", "--precision", "bf16", "--json"]
     if stage == "train-tokenizer":  # without its large networks, which take long
         command += ["--set", "perceptual_weight=0", "--set", "adversarial_weight=0"]
@@ -174,3 +175,23 @@ def test_an_unknown_stage_lists_all_and_a_count_below_one_names_its_option():
         assert told.exit_code == 1 and f"`{option}` must be 1 or more, but is 0" in told.output
     with pytest.raises(ConfigError, match="batch_size must be 1 or more, but is 0"):
         BenchConfig(batch_sizes=(4, 0))
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("tokenize --depth 8", "`--depth` belongs to train, sample and all; but the stage is tokenize"),
+        ("sample --kernels torch", "`--kernels` belongs to train and all; but the stage is sample"),
+        ("train --workers 0", "`--workers` belongs to tokenize-files and eval; but the stage is train"),
+        ("tokenize-files --profile", "`--profile` belongs to tokenize, train, sample, all and train-tokenizer"),
+        ("train --set steps=1", "`--set` belongs to train-tokenizer"),
+        ("eval --depth 16 --fp8 --size 64 --n 300", "`--depth` and `--fp8` belong to train, sample and all"),
+        ("train --n 8 --size 64", "`--n` belongs to tokenize-files and eval; `--size` belongs to eval; but"),
+        ("--size 64", "`--size` belongs to eval; but the stage is all"),
+    ],
+)
+def test_options_of_other_stages_are_refused_with_the_stages_they_belong_to(arguments, said, monkeypatch):
+    monkeypatch.setattr("varcli.bench.stages.measure_ceiling", lambda *_: pytest.fail("something was measured"))
+    told = CliRunner().invoke(app, ["bench", *arguments.split()])
+    assert told.exit_code == 1, told.output
+    assert said in told.stderr and told.stderr.count("error: ") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ FILES = "tokenize-files"
 """The stage's name."""
 
 _SIZE = (500, 400)  # pixels, as most photographs of ImageNet
+_STEADY_FROM = (
+    8  # batches after the first; of fewer, two that come at once because both waited change the rate by a quarter
+)
 
 
 def measure_files(
@@ -38,7 +42,8 @@ def measure_files(
 
     size: images of a batch. Files and codes lie in a temporary folder, some 90 kB an image. The first rate is that of the
     whole call; `steady_images_per_second` leaves out what comes before the first batch: imports, torch.compile, and the
-    comparison with float32. Random weights choose codes by smaller differences than trained ones, so they agree less.
+    comparison with float32. It is None where the files are few (`steady_rate`). Random weights choose codes by smaller
+    differences than trained ones, so they agree less.
     """
     workers = default_workers() if config.workers is None else config.workers
     torch.manual_seed(0)
@@ -127,7 +132,17 @@ def _time_command(
         on_step=listen,
     )
     seconds = time.perf_counter() - start
-    (first, begun), (last, ended) = moments[0], moments[-1]
-    steady = (last - first) / (ended - begun) if last > first else None
+    steady = steady_rate(moments)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     return seconds, steady, result.agreement if result else None, peak
+
+
+def steady_rate(moments: Sequence[tuple[int, float]]) -> float | None:
+    """Return the images a second after the first batch; None where too few batches come after it for that to mean anything.
+
+    moments: images done, and the time in seconds, after each batch.
+    """
+    if len(moments) <= _STEADY_FROM:
+        return None
+    (first, begun), (last, ended) = moments[0], moments[-1]
+    return (last - first) / (ended - begun)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,6 @@ from varcli.cli.options import (
     ConfigFileOption,
     DeviceOption,
     JsonOption,
-    PrecisionOption,
     SetOption,
     WorkersOption,
     collect_settings,
@@ -28,15 +28,42 @@ _LONGEST = 25  # kernels of a profile that are shown
 _NAME_LENGTH = 90  # of a kernel, whose whole name may take several lines
 
 
+_PREDICTORS = ("train", "sample", "all")
+_MODELS = ("tokenize", "train", "sample", "all", "train-tokenizer", "tokenize-files")
+_FROM_FILES = ("tokenize-files", "eval")
+_OPTIONS: dict[str, tuple[str | None, tuple[str, ...]]] = {
+    "--depth": ("depth", _PREDICTORS),
+    "--scales": ("scales", _MODELS),
+    "--tokenizer-width": ("tokenizer_width", _MODELS),
+    "--batch-size": ("batch_sizes", _MODELS),
+    "--compile": ("compile", _MODELS),
+    "--kernels": ("kernels", ("train", "all")),
+    "--fp8": ("fp8", _PREDICTORS),
+    "--profile": ("profile", ("tokenize", "train", "sample", "all", "train-tokenizer")),
+    "--repeats": ("repeats", _MODELS),
+    "--n": ("num_files", _FROM_FILES),
+    "--size": (None, ("eval",)),
+    "--workers": ("workers", _FROM_FILES),
+    "--config": (None, ("train-tokenizer",)),
+    "--set": (None, ("train-tokenizer",)),
+    "--precision": ("precision", _MODELS),
+}
+"""Options that some stages have no use for: the field of BenchConfig, if it is one, and the stages that they belong to."""
+
+
 def bench(
     stage: Annotated[
         str, Argument(help="tokenize, train, sample, all (these three), train-tokenizer, tokenize-files, or eval.")
     ] = "all",
-    depth: Annotated[int, Option("--depth", min=1, help="Blocks of the transformer.")] = 16,
+    depth: Annotated[
+        int | None, Option("--depth", min=1, help="train, sample: blocks of the transformer. Default: 16.")
+    ] = None,
     scales: Annotated[
-        str, Option("--scales", help="256, 512, 1024, or sides of the token maps such as 1,2,4.")
-    ] = "256",
-    tokenizer_width: Annotated[int, Option("--tokenizer-width", min=1, help="Channels of the tokenizer.")] = 160,
+        str | None, Option("--scales", help="256, 512, 1024, or sides of the token maps such as 1,2,4. Default: 256.")
+    ] = None,
+    tokenizer_width: Annotated[
+        int | None, Option("--tokenizer-width", min=1, help="Channels of the tokenizer. Default: 160.")
+    ] = None,
     batch_size: Annotated[
         list[int] | None, Option("--batch-size", min=1, help="Images at once; repeat it for several. Default: 64.")
     ] = None,
@@ -47,17 +74,22 @@ def bench(
     ] = None,
     fp8: Annotated[bool, Option("--fp8", help="train, sample: large products in FP8, from H100 or L40S on.")] = False,
     profile: Annotated[bool, Option("--profile", help="Also show where the time goes, kernel by kernel.")] = False,
-    repeats: Annotated[int, Option("--repeats", min=1, help="Timed runs; the median counts.")] = 5,
+    repeats: Annotated[
+        int | None, Option("--repeats", min=1, help="Timed runs; the median counts. Default: 5.")
+    ] = None,
     count: Annotated[
         int | None,
         Option("--n", min=2, help="Pictures; default: eval 50,000, tokenize-files 16,384.", show_default=False),
     ] = None,
-    size: Annotated[int, Option("--size", min=32, help="eval: their side in pixels.")] = 256,
+    size: Annotated[int | None, Option("--size", min=32, help="eval: their side in pixels. Default: 256.")] = None,
     workers: WorkersOption = None,
     config: ConfigFileOption = None,
     settings: SetOption = None,
     device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
+    precision: Annotated[
+        str | None,
+        Option("--precision", help="auto, fp32, bf16 or fp16. Default: auto, bf16 on CUDA and fp32 elsewhere."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Time the stages with random weights, next to a large matrix product on the same device.
@@ -71,38 +103,39 @@ def bench(
 
     --json prints a line for each result, which says on its own what ran where.
     """
-    if stage == "eval":
-        _evaluation(count or 50_000, size, workers, device, json)
-        return
     from varcli.bench.config import BenchConfig
     from varcli.bench.files import FILES
     from varcli.bench.stages import STAGES, run_bench
-    from varcli.errors import ConfigError, unknown_name
+    from varcli.errors import unknown_name
 
     known = ["all", "eval", FILES, *STAGES]
     if stage not in known:
         raise unknown_name("stage", stage, known)
+    options = {
+        "--depth": depth,
+        "--scales": scales,
+        "--tokenizer-width": tokenizer_width,
+        "--batch-size": batch_size,
+        "--compile": compile_,
+        "--kernels": kernels,
+        "--fp8": fp8,
+        "--profile": profile,
+        "--repeats": repeats,
+        "--n": count,
+        "--size": size,
+        "--workers": workers,
+        "--config": config,
+        "--set": settings,
+        "--precision": precision,
+    }
+    given = {name: value for name, value in options.items() if value is not None and value is not False and value != []}
+    _refuse_strangers(given, stage)
+    if stage == "eval":
+        _evaluation(count, size, workers, device, json)
+        return
     values = collect_settings(config, settings, {})
-    if values and stage != "train-tokenizer":
-        raise ConfigError(
-            f"--config and --set belong to train-tokenizer, but the stage is {stage}",
-            "leave them out, or name that stage",
-        )
-    resolved = BenchConfig(
-        depth=depth,
-        scales=scales,
-        tokenizer_width=tokenizer_width,
-        batch_sizes=tuple(batch_size or [64]),
-        precision=precision,
-        compile=compile_,
-        kernels=tuple(kernels or ["auto"]),
-        fp8=fp8,
-        profile=profile,
-        repeats=repeats,
-        device=device,
-        workers=workers,
-        **({"num_files": count} if count else {}),
-    )
+    fields = {_OPTIONS[name][0]: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    resolved = BenchConfig(device=device, **{field: value for field, value in fields.items() if field is not None})
     if values:
         resolved = replace(resolved, tokenizer_training=_tokenizer_training(gather_tokenizer(values), resolved))
     progress = console.progress("measuring")
@@ -132,6 +165,29 @@ def bench(
             console.result(_files_text(entry.details))
         if entry.profile:
             _profile(entry)
+
+
+def _refuse_strangers(given: Iterable[str], stage: str) -> None:
+    """Raise ConfigError if an option was given that changes nothing of the stage, and say where it belongs."""
+    from varcli.errors import ConfigError
+
+    strangers: dict[tuple[str, ...], list[str]] = {}
+    for name in given:
+        _, stages = _OPTIONS[name]
+        if stage not in stages:
+            strangers.setdefault(stages, []).append(f"`{name}`")
+    if strangers:
+        parts = [
+            f"{_listed(names)} {'belongs' if len(names) == 1 else 'belong'} to {_listed(stages)}"
+            for stages, names in strangers.items()
+        ]
+        raise ConfigError(
+            f"{'; '.join(parts)}; but the stage is {stage}", "leave out what does not belong to the stage"
+        )
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([*([", ".join(words[:-1])] if len(words) > 1 else []), words[-1]])
 
 
 def _label(entry: Measurement) -> str:
@@ -188,10 +244,11 @@ def _tokenizer_training(values: dict[str, Any], bench: BenchConfig) -> Tokenizer
     return configs.from_dict(TokenizerTrainConfig, {**values, "tokenizer": architecture})
 
 
-def _evaluation(count: int, size: int, workers: int | None, device: str, json: bool) -> None:
+def _evaluation(count: int | None, size: int | None, workers: int | None, device: str, json: bool) -> None:
     from varcli.bench.evaluation import EvalBenchConfig, bench_evaluation
 
-    config = EvalBenchConfig(count=count, side=size, workers=workers, device=device)
+    given = {name: value for name, value in (("count", count), ("side", size)) if value is not None}
+    config = EvalBenchConfig(**given, workers=workers, device=device)
     result = bench_evaluation(config, on_step=console.progress("measuring"))
     if json:
         console.json_lines([result.record()])
