@@ -1,4 +1,4 @@
-"""Runs of `train_transformer` that take a second: settings, the call, their losses, and an interruption."""
+"""Runs of `train_transformer` that take a second: settings, the call, its trainer, losses, and an interruption."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import os
 import signal
 from pathlib import Path
 
+import torch
+
+from varcli.data.codes import CodesCache
+from varcli.tokenizer.store import load_tokenizer
 from varcli.training import TrainConfig, train_transformer
 from varcli.training.runlog import read_log
+from varcli.training.source import CodesSource
+from varcli.training.transformer_trainer import TransformerTrainer
 
 TINY = TrainConfig(
     depth=2,
@@ -38,6 +44,14 @@ TINY = TrainConfig(
 
 def train(codes: Path, out: Path, tokenizer: Path, config: TrainConfig = TINY, **options):
     return train_transformer(codes, out, config, tokenizer=tokenizer, device="cpu", **options)
+
+
+def make_trainer(codes: Path, tokenizer: Path, config: TrainConfig) -> TransformerTrainer:
+    """A trainer that nothing was tried out with yet."""
+    cpu, cache = torch.device("cpu"), CodesCache.open(codes)
+    source = CodesSource(cache.load("train"), config.batch_size, config.seed, cpu)
+    held_out = CodesSource(cache.load("val"), config.batch_size, config.seed, cpu)
+    return TransformerTrainer(config, load_tokenizer(tokenizer), source, held_out, classes=cache.classes, device=cpu)
 
 
 def losses(run: Path) -> list[tuple]:

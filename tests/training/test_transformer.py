@@ -9,31 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from toy_codes import write_codes
-from toy_runs import TINY, StopAfter, losses, train
+from toy_runs import TINY, StopAfter, losses, make_trainer, train
 
 from varcli.artifacts.verify import read_manifest
 from varcli.artifacts.write import write_bytes
-from varcli.data.codes import CodesCache
 from varcli.errors import ArtifactError, ConfigError, IntegrityError, InterruptedRun, MemoryLimitError
 from varcli.tokenizer import VQVAE
 from varcli.tokenizer.find import find_tokenizer
 from varcli.tokenizer.find import tokenizer_folder as resolve_tokenizer
 from varcli.tokenizer.store import load_tokenizer, save_tokenizer
-from varcli.training import TrainConfig, train_transformer
+from varcli.training import train_transformer
 from varcli.training.objective import Objective
 from varcli.training.runlog import read_log
-from varcli.training.source import CodesSource
 from varcli.training.transformer_trainer import TransformerTrainer
 from varcli.transformer.store import load_transformer
-
-CPU = torch.device("cpu")
-
-
-def make_trainer(codes: Path, tokenizer: Path, config: TrainConfig) -> TransformerTrainer:
-    cache = CodesCache.open(codes)
-    source = CodesSource(cache.load("train"), config.batch_size, config.seed, CPU)
-    held_out = CodesSource(cache.load("val"), config.batch_size, config.seed, CPU)
-    return TransformerTrainer(config, load_tokenizer(tokenizer), source, held_out, classes=cache.classes, device=CPU)
 
 
 def test_resuming_equals_never_stopping(tmp_path, codes, tokenizer_folder):
