@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 
 import torch
 
-from varcli.errors import ConfigError, unknown_name
+from varcli.errors import ConfigError, VarcliError, unknown_name
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# what torch's, Triton's and NCCL's errors say that have no class of their own for it
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED")
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -67,22 +70,49 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype=dtype)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error, or one that it wraps, is about memory that ran out: the device's or the machine's."""
+    return any(
+        isinstance(one, MemoryError | torch.OutOfMemoryError)
+        or (isinstance(one, RuntimeError) and _NO_MEMORY.search(str(one)))
+        for one in _with_causes(error)
+    )
+
+
 def try_compiled(
     work: Callable[[], object], uncompile: Callable[[], object], tell: Callable[[str], object], *, is_optional: bool
 ) -> bool:
     """Do `work`, of which torch.compile made a part; if it fails, do it once more after `uncompile`, and tell why.
 
-    is_optional: False where torch.compile was asked for, whose error is raised then. So is running out of memory.
-    Returns whether the compiled part works.
+    Compilers fail with errors of every class: Triton's and those of its worker processes are no RuntimeErrors. A fault of
+    `work` itself comes again without them.
+    is_optional: False where torch.compile was asked for, whose error is raised then. So are VarcliError and running out of
+    memory. Returns whether the compiled part works.
     """
     try:
         work()
-    except RuntimeError as error:
-        if not is_optional or isinstance(error, torch.OutOfMemoryError):
+        return True
+    except Exception as error:
+        if not is_optional or is_out_of_memory(error) or isinstance(error, VarcliError):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        uncompile()
-        tell(f"going without torch.compile: {reason}")
-        work()
-        return False
-    return True
+        reason = _reason(error)
+    # not within the except clause, where the error still holds on to what the failed try has in memory
+    uncompile()
+    tell(f"going without torch.compile: {reason}")
+    work()
+    return False
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what it came from, as torch's compiler or Python's `from` keeps it."""
+    while error is not None:
+        yield error
+        error = getattr(error, "inner_exception", None) or error.__cause__
+
+
+def _reason(error: BaseException) -> str:
+    """Say in one line what went wrong at first; a line that ends in a colon only announces what comes last."""
+    *_, first = _with_causes(error)
+    lines = [line.strip() for line in str(first).splitlines() if line.strip()] or [type(first).__name__]
+    line = lines[-1] if lines[0].endswith(":") else lines[0]
+    return line if type(first) is RuntimeError else f"{type(first).__name__}: {line}"

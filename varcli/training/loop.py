@@ -31,6 +31,7 @@ import torch
 
 from varcli.artifacts.write import prepare_folder
 from varcli.data.png import save_png
+from varcli.devices import is_out_of_memory
 from varcli.errors import ConfigError, InterruptedRun, MemoryLimitError, NumericError, VarcliError
 from varcli.progress import OnStep, Step, ignore
 from varcli.training.checkpoint import amend_checkpoint, checkpoint_name, load_checkpoint, save_checkpoint
@@ -120,7 +121,7 @@ def memory_limits(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "MPS backend out of memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         device = trainer.parts.device
         peak = f", peak use {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
