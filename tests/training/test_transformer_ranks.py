@@ -54,7 +54,7 @@ OPEN_GATES = (
 )  # blocks of a new model hardly act: their gates start at 1e-3, and what they drop would not be seen
 
 # what each process runs: jobs are [name of the run, run whose first two steps it goes on from, config, what happens to the last
-# process at the fourth step: a signal, or NAN]
+# process: a signal, NAN or FULL memory at the fourth step, or SMALL memory, which one image fits: two fail on the way back]
 PROGRAM = """
     import json, os, shutil, signal, sys
     from pathlib import Path
@@ -63,17 +63,20 @@ PROGRAM = """
     from varcli import config as configs
     from varcli.cli.app import report_error
     from varcli.distributed import join_world
-    from varcli.errors import LostProcessError, VarcliError
+    from varcli.errors import LostProcessError, MemoryLimitError, VarcliError
     from varcli.training import TrainConfig, train_transformer
+    from varcli.training.objective import Objective
     from varcli.training.transformer_trainer import TransformerTrainer
     from varcli.transformer import base
     base._GAMMA_BY_DEPTH = ((99, 1.0),)
     root, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     right, deed = TransformerTrainer.train_step, None
     def train_step(self, step):
-        if step != 3 or self.world.rank != self.world.size - 1 or not deed:
+        if step != 3 or self.world.rank != self.world.size - 1 or deed in (None, "SMALL"):
             return right(self, step)
-        if deed != "NAN":
+        if deed == "FULL":
+            Objective.loss = fill
+        elif deed != "NAN":
             os.kill(os.getpid(), getattr(signal, deed))
             return right(self, step)
         measure = self.objective.loss
@@ -82,6 +85,18 @@ PROGRAM = """
         self.objective.loss = measure
         return values
     TransformerTrainer.train_step = train_step
+    right_loss = Objective.loss
+    def fill(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    def loss(self, codes, labels, branches=None):
+        loss, numbers = right_loss(self, codes, labels, branches)
+        if deed == "SMALL" and world.rank == world.size - 1 and len(codes) > 1:
+            if len(codes) > 2:
+                fill()
+            first = next(self.model.blocks[0].parameters())
+            hook = first.register_hook(lambda gradient: (hook.remove(), fill()))
+        return loss, numbers
+    Objective.loss = loss
     def tell(about):
         print(world.rank, type(about).__name__, getattr(about, "message", None), flush=True)
     try:
@@ -98,7 +113,7 @@ PROGRAM = """
                         root / "codes", root / name, config, tokenizer=root / "tokenizer", device=device, on_step=tell,
                         on_plan=tell, world=world,
                     )
-                except LostProcessError:
+                except (LostProcessError, MemoryLimitError):
                     raise
                 except VarcliError as error:
                     if world.is_first:
@@ -118,6 +133,7 @@ IN_TWO = [
     ("spoilt fsdp", None, {"parallel": "fsdp"}, "NAN"),
     ("one host", None, {"parallel": "hsdp"}, None),
     ("bfloat16", None, {"parallel": "fsdp", "precision": "bf16"}, None),
+    ("small", None, {"parallel": "ddp", "micro_batch_size": None}, "SMALL"),
 ]
 IN_FOUR = [
     ("ddp4", None, {"parallel": "ddp"}, None),
@@ -127,6 +143,11 @@ IN_FOUR = [
     ("ddp2 to other lr", "ddp2", {"learning_rate": 1e-3}, None),
     ("died", None, {"parallel": "ddp"}, "SIGKILL"),
 ]
+FULL = [
+    [("full ddp", None, {"parallel": "ddp", "micro_batch_size": 2}, "FULL")],
+    [("full fsdp", None, {"parallel": "fsdp", "micro_batch_size": 2}, "FULL")],
+    [("small fsdp", None, {"parallel": "fsdp", "micro_batch_size": None}, "SMALL")],
+]  # each ends the processes
 
 
 def describe(root: Path, jobs: list[tuple[str, str | None, dict, str | None]]) -> tuple[str, str]:
@@ -153,7 +174,8 @@ def _run_all(root: Path) -> Path:
     train(root, "whole", replace(CONFIG, micro_batch_size=8))
     train(root, "kept", replace(CONFIG, drop_path=0.0))
     train(root, "named", replace(CONFIG, label_dropout=0.0))
-    ended = run_launches(PROGRAM, [(2, 2, describe(root, IN_TWO)), (4, 2, describe(root, IN_FOUR))])
+    launches = [(2, 2, describe(root, IN_TWO)), (4, 2, describe(root, IN_FOUR))]
+    ended = run_launches(PROGRAM, [*launches, *((2, 2, describe(root, jobs)) for jobs in FULL)])
     shutil.copytree(root / "hsdp4", root / "hsdp4 to one")
     for step in (4, 5):
         shutil.rmtree(root / "hsdp4 to one" / "checkpoints" / f"step-000000{step}")
@@ -177,7 +199,7 @@ def said(root: Path, launch: int) -> tuple[list[int], str, str]:
     return list(codes), "".join(out), "".join(err)
 
 
-RUNS = ["whole", "ddp2", "fsdp2", "ddp4", "hsdp4", "stopped", "one to fsdp2", "fsdp2 to fsdp4", "hsdp4 to one"]
+RUNS = ["whole", "ddp2", "fsdp2", "ddp4", "hsdp4", "small", "stopped", "one to fsdp2", "fsdp2 to fsdp4", "hsdp4 to one"]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -261,3 +283,23 @@ def test_a_process_that_dies_ends_all_with_one_message(root):
     assert sorted(codes) == [-signal.SIGKILL, 1, 1, 1], err
     assert err.count("error:") == 1 and "process 3 has ended or cannot be reached, of 4 counted from 0" in err, err
     assert [folder.name for folder in list_checkpoints(root / "died")] == ["step-0000002"]
+
+
+def test_copies_agree_on_pieces_that_fit_the_smallest_memory(root):
+    _, out, _ = said(root, 0)
+    small = out[out.index("images at a time do not fit") - 20 :]
+    assert [line.split(" ", 2)[2] for line in small.splitlines() if "do not fit" in line] == [
+        "4 images at a time do not fit the memory: going on with 2",
+        "2 images at a time do not fit the memory: going on with 1",
+    ]
+
+
+@pytest.mark.parametrize("launch", [2, 3, 4])
+def test_a_process_out_of_memory_ends_all_with_one_message_and_what_to_change(root, launch):
+    codes, _, err = said(root, launch)
+    assert codes == [1, 8], err  # and not killed
+    assert err.count("error:") == 1 and "process 1 of 2, counted from 0, is out of memory at batch size 8" in err, err
+    assert f"--set micro_batch_size={2 if launch == 4 else 1} takes the same batch in smaller pieces" in err
+    assert ("--parallel fsdp" in err) == (launch == 2)
+    kept = list_checkpoints(root / FULL[launch - 2][0][0])
+    assert [folder.name for folder in kept] == ([] if launch == 4 else ["step-0000002"])

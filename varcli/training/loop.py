@@ -21,20 +21,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from varcli.artifacts.write import prepare_folder
 from varcli.data.png import save_png
-from varcli.devices import is_out_of_memory
-from varcli.errors import ConfigError, InterruptedRun, MemoryLimitError, NumericError, VarcliError
+from varcli.errors import ConfigError, InterruptedRun, NumericError, VarcliError
 from varcli.progress import OnStep, Step, ignore
 from varcli.training.checkpoint import amend_checkpoint, checkpoint_name, load_checkpoint, save_checkpoint
+from varcli.training.memory import memory_limits
 from varcli.training.meter import Meter, SkipPolicy
 from varcli.training.pace import Pace
 from varcli.training.run import RunFolder
@@ -109,23 +106,10 @@ def run_training(
     """
     loop = _Loop(trainer, run, config, on_step if run.world.is_first else ignore, dict(info or {}), on_validation)
     try:
-        with StopRequest() as stop, memory_limits(trainer):
+        with StopRequest() as stop, memory_limits(trainer, run.world):
             return loop.run(stop)
     finally:
         loop.close()
-
-
-@contextmanager
-def memory_limits(trainer: Trainer) -> Iterator[None]:
-    """Turn running out of memory into MemoryLimitError with the trainer's hint."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        device = trainer.parts.device
-        peak = f", peak use {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
-        raise MemoryLimitError(f"out of memory at batch size {trainer.batch_size}{peak}", trainer.memory_hint) from None
 
 
 class _Loop:

@@ -59,7 +59,7 @@ class TrainPlan:
     parallel: str  # how they do: ddp, fsdp or hsdp; of no meaning for one
     learning_rate: float  # peak
     memory_bytes: int  # estimate of the peak on the device
-    # estimate for the steps that are left, from one timed micro-batch; validation and saving come on top
+    # estimate for the steps that are left, from one timed micro-batch; validation, saving and what copies exchange come on top
     seconds: float
     notes: tuple[str, ...] = ()  # what a user should know
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from varcli.devices import try_compiled
+from varcli.devices import is_out_of_memory, try_compiled
 from varcli.distributed.context import exchange
 from varcli.progress import Step
 from varcli.training.plan import TrainPlan, is_tight, process_bytes, share_evenly, time_once, update_bytes
@@ -24,31 +24,34 @@ def prepare(trainer: TransformerTrainer, start_step: int) -> TrainPlan:
     """Compile, time one micro-batch without learning from it, and say what the run will take.
 
     start_step: optimizer steps done already. If torch.compile fails and was not asked for, it is left out. If memory does
-    not suffice, a micro-batch that nobody asked for is made smaller until it does (by a process alone: several would have
-    to fail together). On CUDA the peak of memory is counted anew from here on: it is the training's.
+    not suffice, a micro-batch that nobody asked for is made smaller until it does: by all processes, if one of them has too
+    little; but not where they hold shards, since one that fails leaves the others waiting for its own. On CUDA the peak of
+    memory is counted anew from here on: it is the training's.
     """
     while True:
+        found: tuple[float, int] | None = None
         try:
-            plan = _describe(trainer, start_step, *_try_out(trainer, start_step))
-        except torch.OutOfMemoryError:
-            if not _can_shrink(trainer):
+            found = _try_out(trainer, start_step)
+        except RuntimeError as error:
+            if not (is_out_of_memory(error) and _can_shrink(trainer)):
                 raise
-        else:
-            if not (is_tight(plan.memory_bytes, trainer.device) and _can_shrink(trainer)):
-                _reset_peak(trainer.device)
-                return plan
         # not within the except clause, where the error still holds on to what filled the memory
+        has_room = found is not None and not is_tight(found[1], trainer.device)
+        (is_short,) = trainer.world.largest(not has_room)
+        if found is not None and not (is_short and _can_shrink(trainer)):
+            _reset_peak(trainer.device)
+            return _describe(trainer, start_step, *found)
         _shrink(trainer, start_step)
 
 
 def _can_shrink(trainer: TransformerTrainer) -> bool:
-    is_open = trainer.config.micro_batch_size is None and trainer.world.size == 1 and not trainer.config.cuda_graphs
-    return is_open and trainer.micro_batch_size > 1
+    is_open = trainer.config.micro_batch_size is None and not trainer.config.cuda_graphs
+    return is_open and trainer.micro_batch_size > 1 and not trainer.parallel.is_sharded
 
 
 def _shrink(trainer: TransformerTrainer, start_step: int) -> None:
     before = trainer.micro_batch_size
-    trainer.micro_batch_size = share_evenly(trainer.batch_size, before // 2)
+    trainer.micro_batch_size = share_evenly(trainer.share_size, before // 2)
     trainer.updater.optimizer.zero_grad(set_to_none=True)
     if trainer.is_compiled:
         torch.compiler.reset()  # what was compiled for a size that does not fit would take the place of others
@@ -68,7 +71,8 @@ def _try_out(trainer: TransformerTrainer, start_step: int) -> tuple[float, int]:
         branches = drop_branches(trainer.model_config, images, None, device)
         if not with_gradients:
             trainer.updater.optimizer.zero_grad(set_to_none=True)
-        with exchange(and_more=True):
+        # copies exchange nothing, so that one that runs out of memory can tell the others; of shards nothing must be left over
+        with exchange(and_more=True), trainer.parallel.accumulating(is_last=trainer.parallel.is_sharded):
             trainer.updater.backward(trainer.objective.loss(codes, labels, branches)[0])
 
     def tell(text: str) -> None:

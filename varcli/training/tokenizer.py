@@ -22,7 +22,8 @@ from varcli.progress import OnStep, Step, ignore
 from varcli.tokenizer import TokenizerConfig
 from varcli.tokenizer.store import KIND, load_tokenizer
 from varcli.training.frozen import refuse_frozen_start
-from varcli.training.loop import LoopConfig, OnValidation, memory_limits, run_training
+from varcli.training.loop import LoopConfig, OnValidation, run_training
+from varcli.training.memory import memory_limits
 from varcli.training.parallel import share_batch
 from varcli.training.parent import find_parent
 from varcli.training.pixels import open_pixels, read_held_out
@@ -139,7 +140,7 @@ def train_tokenizer(
                 num_saves = loop.keep_checkpoints + 1 if run.checkpoint is None else 1
                 prepare_folder(run.path, need_bytes=num_saves * trainer.checkpoint_bytes())
             if run.step < config.steps:
-                with memory_limits(trainer):
+                with memory_limits(trainer, world):
                     trainer.prepare(tell)
             run.settle(KIND, configs.to_dict(config), inputs, _FREE)
             info = {"images": len(pixels), "classes": list(tree.classes), **origin}

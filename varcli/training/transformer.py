@@ -21,7 +21,8 @@ from varcli.progress import OnStep, ignore
 from varcli.tokenizer.find import find_tokenizer, tokenizer_folder
 from varcli.tokenizer.store import KIND as TOKENIZER_KIND
 from varcli.tokenizer.store import load_tokenizer
-from varcli.training.loop import memory_limits, run_training
+from varcli.training.loop import run_training
+from varcli.training.memory import memory_limits
 from varcli.training.parent import find_parent
 from varcli.training.plan import TrainPlan
 from varcli.training.run import copy_artifact, open_run
@@ -118,7 +119,7 @@ def train_transformer(
             num_saves = config.keep_checkpoints + 1 if run.checkpoint is None else 1
             if world.is_first:
                 prepare_folder(run.path, need_bytes=num_saves * trainer.checkpoint_bytes())
-            with memory_limits(trainer):
+            with memory_limits(trainer, world):
                 plan = trainer.prepare(run.step)
             if on_plan is not None and world.is_first:
                 on_plan(plan)
