@@ -12,8 +12,8 @@ import torch
 from ranks import run_ranks
 
 from varcli.distributed import ALONE, World, context, join_world
-from varcli.distributed.context import have_own_gpus
-from varcli.errors import ConfigError
+from varcli.distributed.context import exchange, have_own_gpus
+from varcli.errors import ConfigError, LostProcessError
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,19 @@ def test_variables_that_make_no_sense_are_one_error(monkeypatch, values):
 def test_an_error_of_a_lonely_process_passes_through():
     with pytest.raises(ConfigError, match="mine"), join_world("cpu"):
         raise ConfigError("mine")
+
+
+def test_a_failed_exchange_is_a_lost_process_but_not_where_memory_ran_out():
+    lost = torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error")
+    full = torch.distributed.DistBackendError(
+        "NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'"
+    )
+    for and_more in (False, True):
+        with pytest.raises(LostProcessError, match="another process"), exchange(and_more):
+            raise lost
+        with pytest.raises(RuntimeError) as caught, exchange(and_more):
+            raise full
+        assert caught.value is full
 
 
 def test_shares_of_a_tensor_come_back_together():

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from varcli.devices import is_out_of_memory
 from varcli.distributed.pulse import Pulse
 from varcli.errors import ConfigError, LostProcessError
 
@@ -209,13 +210,15 @@ def _leave(world: World, store: dist.Store) -> None:
 
 @contextmanager
 def exchange(and_more: bool = False) -> Iterator[None]:
-    """Turn the error of an exchange with other processes into LostProcessError.
+    """Turn the error of an exchange with other processes into LostProcessError; running out of memory passes.
 
     and_more: the body does other things too, such as a backward pass that exchanges gradients; their errors pass.
     """
     try:
         yield
     except RuntimeError as error:  # gloo's are of no class of their own
+        if is_out_of_memory(error):  # NCCL's buffers too
+            raise
         if and_more and not isinstance(error, dist.DistError) and not _EXCHANGE.search(str(error)):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
