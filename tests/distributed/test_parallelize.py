@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
 
 from varcli.distributed import World
@@ -36,3 +37,43 @@ def test_an_unknown_way_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="parallel mode `zero`") as caught:
         parallelize(nn.Linear(2, 1), [], World(), "zero", CPU)
     assert "hsdp" in caught.value.hint
+
+
+# the number of graphs that torch.compile makes of a model whose blocks are larger than what copies exchange at once
+COMPILED = """
+    import sys
+    import torch
+    from varcli.distributed import join_world, parallelize
+    from varcli.order import ScaleOrder
+    from varcli.tokenizer import TokenizerConfig
+    from varcli.tokenizer.quantizer import MultiScaleQuantizer
+    from varcli.training.objective import Objective
+    from varcli.transformer import Transformer, TransformerConfig
+    parallelize._BUCKET_MB = 1
+    graphs = []
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    torch.compile, compile_ = lambda *given, **keys: compile_(*given, **{**keys, "backend": backend}), torch.compile
+    torch.manual_seed(0)
+    quantizer = MultiScaleQuantizer(TokenizerConfig(patch_nums=(1, 2, 4), vocab_size=16, code_channels=4))
+    shape = TransformerConfig(
+        width=256, num_heads=4, depth=3, step_lengths=(1, 4, 16), num_classes=3, vocab_size=16, code_channels=4
+    )
+    with join_world("cpu") as (world, device):
+        model = Transformer(shape)
+        parallel = parallelize.parallelize(model, model.blocks, world, "ddp", torch.device("cpu"))
+        objective = Objective(model, ScaleOrder(quantizer), torch.device("cpu"), torch.float32, parallel=parallel)
+        objective.compile()
+        codes, labels = torch.zeros(2, 21, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+        objective.loss(codes, labels)[0].backward()
+        if world.is_first:
+            print(len(graphs))
+"""
+
+
+@pytest.mark.distributed
+def test_copies_compile_one_block_for_all_though_it_fills_several_buckets():
+    first, _ = run_ranks(COMPILED)
+    assert first.code == 0, first.err
+    assert int(first.out) == 4  # the order's input, what comes before the blocks, a block, the head

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from varcli.distributed import World
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ceiling:
@@ -76,3 +78,13 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
         matmul_tflops=matmul_tflops,
         copy_gb_per_second=2 * source.numel() / copy_seconds / 1e9,
     )
+
+
+def measure_exchange(world: World, device: torch.device) -> float:
+    """Time a sum over all processes of 256 MiB in each, 16 MiB on a CPU. Returns 1e9 bytes of it a second.
+
+    Every process must call it.
+    """
+    own = torch.ones(2**26 if device.type == "cuda" else 2**22, device=device)
+    seconds = median_seconds(lambda: world.sum(own), device, repeats=10)
+    return own.nbytes / world.gather(torch.tensor([seconds])).max().item() / 1e9

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from varcli.bench.calibrate import Ceiling, measure_ceiling, median_seconds
+from varcli.bench.calibrate import Ceiling, measure_ceiling, measure_exchange, median_seconds
 from varcli.bench.config import BenchConfig
 from varcli.bench.counting import encoding_flops
 from varcli.bench.files import FILES, measure_files
@@ -20,7 +20,9 @@ from varcli.bench.result import BenchResult, Measurement
 from varcli.bench.sampling import TRANSFORMER, sampling_stage
 from varcli.bench.tokenizer_training import tokenizer_training_stage
 from varcli.devices import precision_name, resolve_device, resolve_precision
-from varcli.errors import MemoryLimitError, unknown_name
+from varcli.distributed import ALONE, World
+from varcli.distributed.parallelize import parallelize
+from varcli.errors import ConfigError, MemoryLimitError, unknown_name
 from varcli.kernels import resolve_kernels
 from varcli.kernels.fp8 import require_fp8
 from varcli.order import ScaleOrder
@@ -43,44 +45,58 @@ def run_bench(
     config: BenchConfig | None = None,
     on_step: OnStep = ignore,
     on_result: Callable[[BenchResult], None] = lambda result: None,
+    world: World = ALONE,
 ) -> BenchResult:
     """Measure a stage of STAGES, or those of ALL. Raises ConfigError for another name.
 
     on_result: told what each job came to as soon as it is done. A job for which there is too little memory is told to
-    `on_step` and left out; MemoryLimitError if that is every one.
+    `on_step` and left out; MemoryLimitError if that is every one. world: processes that train together, each of which must
+    call this alike; first each trains a model for itself, which the rest is compared with. Too little memory then ends all.
     """
     config = config or BenchConfig()
     if stage not in ("all", FILES, *STAGES):
         raise unknown_name("stage", stage, [*STAGES, FILES, "all"])
+    if world.size > 1 and stage != "train":
+        raise ConfigError(f"processes work together at stage train, not at {stage}", "start it without torchrun")
     device = resolve_device(config.device)
     dtype = resolve_precision(config.precision, device)
-    choices = [resolve_kernels(kernels, device) for kernels in config.kernels]
     names = list(ALL) if stage == "all" else [stage]
     is_fp8 = config.fp8 and not _IN_FP8.isdisjoint(names)
     if is_fp8:
         require_fp8(device, dtype, config.transformer.width, config.transformer.hidden_width)
     ceiling = measure_ceiling(device, dtype)
+    exchange_rate = measure_exchange(world, device) if world.size > 1 else 0.0
+    ways = [
+        {"kernels": resolve_kernels(kernels, device), "parallel": mode}
+        for kernels in config.kernels
+        for mode in ((None, *config.parallel) if world.size > 1 else (None,))
+    ]
     jobs = [
-        (name, size, kernels)
+        (name, size, way)
         for name in names
         for size in config.batch_sizes
-        for kernels in (choices if name == "train" else [None])
+        for way in (ways if name == "train" else [{}])
     ]
-    found = []
-    for done, (name, size, kernels) in enumerate(jobs):
-        message = f"{name}, batch {size}" + (f", {kernels} kernels" if kernels else "")
+    found: list[Measurement] = []
+    for done, (name, size, way) in enumerate(jobs):
+        message = ", ".join([f"{name}, batch {size}", *filter(None, way.values())])
         on_step(Step(done, len(jobs), unit="measurements", message=message))
-        chosen = replace(config, kernels=(kernels,)) if kernels else config
+        chosen = replace(config, **{key: (value,) for key, value in way.items() if value})
+        together = world if way.get("parallel") else ALONE
         measurements: list[Measurement] | None = None
         try:
             if name == FILES:
                 measurements = measure_files(size, chosen, device, dtype, ceiling, on_step)
             else:
                 measurements = [
-                    replace(measurement, kernels=kernels, is_fp8=is_fp8 and measurement.stage in _IN_FP8)
-                    for measurement in _measure(name, size, chosen, device, dtype, ceiling)
+                    replace(measurement, **way, is_fp8=is_fp8 and measurement.stage in _IN_FP8)
+                    for measurement in _measure(name, size, chosen, device, dtype, ceiling, together)
                 ]
+                if together.size > 1:
+                    measurements = [_beside_alone(entry, found, exchange_rate) for entry in measurements]
         except torch.OutOfMemoryError:
+            if world.size > 1:  # the others wait for this one
+                raise MemoryLimitError(f"{message}: too little memory", "use a smaller --batch-size") from None
             on_step(Step(done, len(jobs), unit="measurements", message=f"{message}: too little memory"))
         if measurements is None:
             torch.cuda.empty_cache()  # only now is what the job held free
@@ -93,17 +109,29 @@ def run_bench(
     return BenchResult(ceiling=ceiling, measurements=tuple(found))
 
 
+def _beside_alone(entry: Measurement, found: list[Measurement], exchange_rate: float) -> Measurement:
+    """Add to a measurement of several processes what became of the rate that each has for itself."""
+    alone = next(
+        other
+        for other in reversed(found)
+        if (other.processes, other.batch_size, other.kernels) == (1, entry.batch_size, entry.kernels)
+    )
+    share = entry.images_per_second / entry.processes / alone.images_per_second
+    return replace(entry, details={**entry.details, "of_alone": share, "exchange_gb_per_second": exchange_rate})
+
+
 def _measure(
-    name: str, size: int, config: BenchConfig, device: torch.device, dtype: torch.dtype, ceiling: Ceiling
+    name: str, size: int, config: BenchConfig, device: torch.device, dtype: torch.dtype, ceiling: Ceiling, world: World
 ) -> list[Measurement]:
     torch.manual_seed(0)
     if config.compile:
         torch.compiler.reset()  # else the second batch size is compiled for all sizes, which is slower
-    stage = STAGES[name](size, config, device, dtype)
+    given = size, config, device, dtype
+    stage = _train(*given, world) if world.size > 1 else STAGES[name](*given)  # several processes only train
     in_a_row = _IN_A_ROW if name == "train" and device.type == "cuda" else 1
     return [
         Measurement(
-            **_time_part(prepare, flops, size, config, device, ceiling, in_a_row),
+            **_time_part(prepare, flops, size, config, device, ceiling, in_a_row, world),
             stage=part,
             precision=precision_name(dtype),
             is_compiled=config.compile
@@ -122,13 +150,15 @@ def _time_part(
     device: torch.device,
     ceiling: Ceiling,
     in_a_row: int,
+    world: World,
 ) -> dict[str, Any]:
     """Return the fields of a Measurement that are measured."""
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
     work = prepare()
-    seconds = median_seconds(work, device, config.repeats, in_a_row=in_a_row)
+    own_seconds = median_seconds(work, device, config.repeats, in_a_row=in_a_row)
+    seconds = world.gather(torch.tensor([own_seconds])).max().item()
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_cuda else None
     profile = profile_kernels(work, device) if config.profile else ()
     del work
@@ -138,7 +168,8 @@ def _time_part(
     return {
         "batch_size": size,
         "milliseconds": seconds * 1e3,
-        "images_per_second": size / seconds,
+        "images_per_second": world.size * size / seconds,
+        "processes": world.size,
         "tflops": tflops,
         "share_of_matmul": tflops / ceiling.matmul_tflops,
         "peak_gib": peak,
@@ -160,8 +191,8 @@ def _tokenize(size: int, config: BenchConfig, device: torch.device, dtype: torch
     return {"tokenize": (lambda: lambda: encoder.encode(images), encoding_flops(config.tokenizer))}
 
 
-def _train(size: int, config: BenchConfig, device: torch.device, dtype: torch.dtype) -> Stage:
-    """One optimizer step on codes that lie on the device."""
+def _train(size: int, config: BenchConfig, device: torch.device, dtype: torch.dtype, world: World = ALONE) -> Stage:
+    """One optimizer step on codes that lie on the device, `size` of them in each process."""
     quantizer = MultiScaleQuantizer(config.tokenizer).to(device)
     with torch.device(device):  # where weights are drawn fastest
         model = Transformer(config.transformer).train()
@@ -169,7 +200,8 @@ def _train(size: int, config: BenchConfig, device: torch.device, dtype: torch.dt
     model.kernels = resolve_kernels(config.kernels[0], device)
     if config.fp8:
         model.train_in_fp8()
-    objective = Objective(model, ScaleOrder(quantizer), device, dtype)
+    parallel = parallelize(model, model.blocks, world, config.parallel[0], device, dtype)
+    objective = Objective(model, ScaleOrder(quantizer), device, dtype, parallel=parallel)
     if config.compile:
         objective.compile()
     updater = Updater(

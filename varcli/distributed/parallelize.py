@@ -29,6 +29,8 @@ from varcli.errors import ConfigError, unknown_name
 MODES = ("ddp", "fsdp", "hsdp")
 """What several processes may do: each has a copy; each has a shard; each host has a copy, in shards."""
 
+_BUCKET_MB = 25  # of gradients that copies exchange at once
+
 
 class Parallel:
     """A model that one process trains alone; its children train it with the other processes.
@@ -70,7 +72,7 @@ class Replicated(Parallel):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer torch has another name for broadcast_buffers
             self._wrapped = nn.parallel.DistributedDataParallel(
-                _Called(model), broadcast_buffers=False, gradient_as_bucket_view=True
+                _Called(model), broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=_BUCKET_MB
             )
 
     def __call__(self, function: Callable[..., Any], *inputs: Any) -> Any:
