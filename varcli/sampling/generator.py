@@ -15,7 +15,14 @@ from torch import Tensor
 
 from varcli import config as configs
 from varcli.data.classes import ClassNames
-from varcli.devices import autocast, exact_convolutions, precision_name, resolve_device, resolve_precision
+from varcli.devices import (
+    autocast,
+    exact_convolutions,
+    is_out_of_memory,
+    precision_name,
+    resolve_device,
+    resolve_precision,
+)
 from varcli.errors import ArtifactError, ConfigError, MemoryLimitError, NumericError, unknown_name
 from varcli.kernels import resolve_kernels
 from varcli.kernels.conv3x3 import introduce
@@ -148,7 +155,9 @@ class Generator:
                 for images in self._batches_of(size, numbers[done:], indices[done:], config):
                     yield images
                     done += len(images)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 is_full = True
             if is_full:  # only now is what the failed batch held free
                 self._engine, self._engine_key = None, None
