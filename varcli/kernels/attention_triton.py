@@ -89,11 +89,11 @@ def _attend_piece(
     if IS_CUT:
         inside &= (keys < END)[:, None]
     k = tl.load(k_ptr + at, mask=inside, other=0)
-    scores = tl.dot(q, k.T, input_precision="ieee") * (SCALE * _LOG2_E)
+    scores = tl.dot(q, k.T, input_precision="ieee")
     if IS_CUT:
         scores = tl.where(keys[None, :] < ends[:, None], scores, float("-inf"))
-    higher = tl.maximum(peak, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - higher[:, None])
+    higher = tl.maximum(peak, tl.max(scores, axis=1) * (SCALE * _LOG2_E))
+    weights = tl.exp2(scores * (SCALE * _LOG2_E) - higher[:, None])  # one multiply-add each
     faded = tl.exp2(peak - higher)
     v = tl.load(v_ptr + at, mask=inside, other=0)
     out = tl.dot(weights.to(v.dtype), v, out * faded[:, None], input_precision="ieee")
