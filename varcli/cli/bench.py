@@ -22,6 +22,7 @@ from varcli.cli.options import (
 if TYPE_CHECKING:
     from varcli.bench.config import BenchConfig
     from varcli.bench.result import Measurement
+    from varcli.distributed import World
     from varcli.training.tokenizer_settings import TokenizerTrainConfig
 
 _LONGEST = 25  # kernels of a profile that are shown
@@ -38,6 +39,7 @@ _OPTIONS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "--batch-size": ("batch_sizes", _MODELS),
     "--compile": ("compile", _MODELS),
     "--kernels": ("kernels", ("train", "all")),
+    "--parallel": ("parallel", ("train",)),
     "--fp8": ("fp8", _PREDICTORS),
     "--profile": ("profile", ("tokenize", "train", "sample", "all", "train-tokenizer")),
     "--repeats": ("repeats", _MODELS),
@@ -72,6 +74,10 @@ def bench(
         list[str] | None,
         Option("--kernels", help="train: auto, torch, triton or fused; repeat it to compare. Default: auto."),
     ] = None,
+    parallel: Annotated[
+        list[str] | None,
+        Option("--parallel", help="train under torchrun: ddp, fsdp or hsdp; repeat it to compare. Default: ddp."),
+    ] = None,
     fp8: Annotated[bool, Option("--fp8", help="train, sample: large products in FP8, from H100 or L40S on.")] = False,
     profile: Annotated[bool, Option("--profile", help="Also show where the time goes, kernel by kernel.")] = False,
     repeats: Annotated[
@@ -98,6 +104,9 @@ def bench(
     settings as there, but --batch-size, --precision and --compile are those given here. --scales 1,2,3,4,5,6,8
     --tokenizer-width 40 is the small tokenizer for 64 px.
 
+    `torchrun --nproc-per-node N -m varcli bench train` times a step of N processes together, beside each for itself;
+    --batch-size counts the images of each.
+
     `varcli bench tokenize-files` times `varcli tokenize` on made-up JPEG files, then its decoding and its encoder alone;
     `varcli bench eval` times `varcli eval` on made-up pictures, with its parts and its memory.
 
@@ -105,7 +114,8 @@ def bench(
     """
     from varcli.bench.config import BenchConfig
     from varcli.bench.files import FILES
-    from varcli.bench.stages import STAGES, run_bench
+    from varcli.bench.stages import STAGES
+    from varcli.distributed import join_world
     from varcli.errors import unknown_name
 
     known = ["all", "eval", FILES, *STAGES]
@@ -118,6 +128,7 @@ def bench(
         "--batch-size": batch_size,
         "--compile": compile_,
         "--kernels": kernels,
+        "--parallel": parallel,
         "--fp8": fp8,
         "--profile": profile,
         "--repeats": repeats,
@@ -135,14 +146,27 @@ def bench(
         return
     values = collect_settings(config, settings, {})
     fields = {_OPTIONS[name][0]: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    resolved = BenchConfig(device=device, **{field: value for field, value in fields.items() if field is not None})
-    if values:
-        resolved = replace(resolved, tokenizer_training=_tokenizer_training(gather_tokenizer(values), resolved))
+    with join_world(device) as (world, own_device):
+        resolved = BenchConfig(
+            device=own_device, **{field: value for field, value in fields.items() if field is not None}
+        )
+        if values:
+            resolved = replace(resolved, tokenizer_training=_tokenizer_training(gather_tokenizer(values), resolved))
+        _measure(stage, resolved, json, world)
+
+
+def _measure(stage: str, config: BenchConfig, json: bool, world: World) -> None:
+    """Run what was asked for; the first process prints what came of it."""
+    from varcli.bench.stages import run_bench
+
+    if not world.is_first:
+        run_bench(stage, config, world=world)
+        return
     progress = console.progress("measuring")
     if json:  # line by line, so that what was measured is there if the rest comes to nothing
-        run_bench(stage, resolved, progress, lambda result: console.json_lines(result.records()))
+        run_bench(stage, config, progress, lambda result: console.json_lines(result.records()), world)
         return
-    result = run_bench(stage, resolved, progress)
+    result = run_bench(stage, config, progress, world=world)
     ceiling = result.ceiling
     console.result(
         f"{ceiling.device}: {ceiling.dtype} matrix product {ceiling.matmul_tflops:.3g} TFLOP/s, "
@@ -161,6 +185,8 @@ def bench(
     ]
     console.table(("stage", "batch", "ms", "images/s", "of matmul", "peak GiB"), rows)
     for entry in result.measurements:
+        if entry.processes > 1:
+            console.result(_parallel_text(entry))
         if "agreement" in entry.details:
             console.result(_files_text(entry.details))
         if entry.profile:
@@ -191,8 +217,16 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _label(entry: Measurement) -> str:
-    parts = (entry.stage, entry.kernels, "fp8" if entry.is_fp8 else None)
+    together = f"{entry.parallel} x {entry.processes}" if entry.processes > 1 else None
+    parts = (entry.stage, entry.kernels, "fp8" if entry.is_fp8 else None, together)
     return ", ".join(part for part in parts if part)
+
+
+def _parallel_text(entry: Measurement) -> str:
+    return (
+        f"{_label(entry)}, batch {entry.batch_size}: each at {entry.details['of_alone']:.1%} of its rate for itself; sums over "
+        f"the processes go at {entry.details['exchange_gb_per_second']:,.1f} GB/s"
+    )
 
 
 def _profile(entry: Measurement) -> None:
