@@ -9,7 +9,7 @@ import pytest
 from run_folders import write_run
 
 from varcli.artifacts.lock import lock_folder
-from varcli.artifacts.manifest import write_manifest
+from varcli.artifacts.manifest import PLAN_NAME, write_manifest
 from varcli.data.runs import find_runs, numbers_of, read_run, require_no_artifact, resolve_run
 from varcli.errors import ArtifactError, DataError
 
@@ -139,6 +139,14 @@ def test_what_varcli_wrote_is_told_from_a_folder_of_images(tmp_path, kind):
         with pytest.raises(DataError, match=f"is {what} of varcli, but a folder of images is needed") as caught:
             require_no_artifact(tmp_path / name)
         assert "ROOT/CLASS/IMAGE" in caught.value.hint
+    (tmp_path / "begun").mkdir()
+    plan = {"downsampling": 8} if kind == "codes" else {"seed": 0}
+    (tmp_path / "begun" / PLAN_NAME).write_text(json.dumps(plan))
+    begun = "codes" if kind == "codes" else "samples"
+    with pytest.raises(DataError, match=f"is an unfinished {begun} folder of varcli") as caught:
+        require_no_artifact(tmp_path / "begun")
+    assert "the command that began this one goes on with it" in caught.value.hint
+    assert find_runs(tmp_path / "begun")[1] == {tmp_path / "begun": f"it is an unfinished {begun} folder"}
     (tmp_path / "images").mkdir()
     for name in ("config.json", "manifest.json"):  # of somebody else
         (tmp_path / "images" / name).write_text('{"kind": "photos"}')

@@ -65,7 +65,7 @@ def test_a_changed_sample_is_named(tmp_path):
 def test_unfinished_samples_are_refused(tmp_path):
     with SamplesWriter(tmp_path / "samples", {"seed": 0}) as writer:
         writer.write(0, 0, IMAGES[0])
-    with pytest.raises(DataError, match="not finished"):
+    with pytest.raises(DataError, match="is an unfinished samples folder of varcli"):
         from_folder(tmp_path / "samples")
 
 

@@ -19,6 +19,7 @@ from varcli.artifacts.write import write_json
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+PLAN_NAME = ".plan.json"  # what stands for the manifest while codes or samples are written
 
 _HASH_THREADS = 8  # hashing itself leaves Python's lock; with more, taking it costs what they gain
 _HASH_CHUNK = 64  # files a thread hashes before it asks for more; one at a time, two threads are no faster than one

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from varcli.artifacts.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Manifest, hash_files
+from varcli.artifacts.manifest import FORMAT_VERSION, MANIFEST_NAME, PLAN_NAME, FileEntry, Manifest, hash_files
 from varcli.errors import ArtifactError, IntegrityError
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -62,6 +62,31 @@ def is_artifact(folder: Path) -> bool:
     return (folder / MANIFEST_NAME).is_file()
 
 
+def unfinished_kind(folder: Path) -> str | None:
+    """Return the kind of what was begun in `folder` and not finished, "codes" or "samples"; None if nothing was.
+
+    Only a plan of codes says how many pixels a code stands for.
+    """
+    path = folder / PLAN_NAME
+    if is_artifact(folder) or not path.is_file():
+        return None
+    plan = read_json(path)
+    return "codes" if isinstance(plan, dict) and "downsampling" in plan else "samples"
+
+
+def read_plan(folder: Path, kind: str) -> dict[str, Any]:
+    """Read what an unfinished folder of `kind` was begun with. Raises ArtifactError if it is another kind's, or damaged."""
+    begun = unfinished_kind(folder)
+    if begun != kind:
+        raise ArtifactError(
+            f"`{folder}` is an unfinished {begun} folder, but a {kind} folder is needed", "choose another folder"
+        )
+    plan = read_json(folder / PLAN_NAME)
+    if not isinstance(plan, dict):
+        raise ArtifactError(f"`{folder / PLAN_NAME}` is no plan of {kind}", "delete the folder to start anew")
+    return plan
+
+
 def read_manifest(folder: Path, kind: str | None = None) -> Manifest:
     """Read `folder/manifest.json`.
 
@@ -75,6 +100,8 @@ def read_manifest(folder: Path, kind: str | None = None) -> Manifest:
         maker = _MAKERS.get(kind or "")
         if not folder.is_dir():
             raise ArtifactError(f"`{folder}` is not {wanted}: it does not exist", maker and f"make it with `{maker}`")
+        if kind and unfinished_kind(folder):
+            read_plan(folder, kind)  # raises if it is of another kind
         again = f"`{maker}`" if maker else "the command that makes it"
         raise ArtifactError(f"`{folder}` is not {wanted}: it has no manifest.json", f"run {again} again, it resumes")
     value = read_json(path)

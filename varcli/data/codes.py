@@ -19,7 +19,6 @@ from varcli.data.codes_shards import CodesPlan
 from varcli.data.codes_writer import CODES_KIND, CodesWriter, begun_with, images_name
 from varcli.data.images import open_images
 from varcli.data.paths import unescape_path
-from varcli.data.runs import require_no_artifact
 from varcli.errors import ArtifactError, DataError, IntegrityError, unknown_name
 
 if TYPE_CHECKING:
@@ -151,7 +150,6 @@ def require_tokenizer(cache: CodesCache, fingerprint: str, source: str = "`--tok
 def _require_no_images(folder: Path) -> None:
     """Raise ArtifactError, with the command that makes codes of them, if a folder holds images."""
     try:
-        require_no_artifact(folder)
         open_images(folder, allow_single_class=True)
     except DataError:
         return

@@ -19,8 +19,16 @@ import numpy as np
 
 from varcli import config as configs
 from varcli.artifacts.lock import hold_folder
-from varcli.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, digest_json, hash_file, write_manifest
-from varcli.artifacts.verify import read_json, read_json_lines, read_manifest
+from varcli.artifacts.manifest import (
+    MANIFEST_NAME,
+    PLAN_NAME,
+    FileEntry,
+    Manifest,
+    digest_json,
+    hash_file,
+    write_manifest,
+)
+from varcli.artifacts.verify import read_json_lines, read_manifest, read_plan, unfinished_kind
 from varcli.artifacts.write import prepare_folder, write_json, write_text
 from varcli.data.codes_shards import PLAIN_PRECISION, PROGRESS_PATTERN, CodesPlan, ShardWriter, shard_positions
 from varcli.data.paths import escape_path
@@ -34,7 +42,6 @@ if TYPE_CHECKING:
     from varcli.data.stream import DecodedBatch
 
 CODES_KIND = "codes"
-_PLAN_NAME = ".plan.json"
 
 
 class CodesWriter(contextlib.AbstractContextManager["CodesWriter"]):
@@ -66,7 +73,7 @@ class CodesWriter(contextlib.AbstractContextManager["CodesWriter"]):
         self.finished: Manifest | None = None  # set when the cache is complete
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(hold_folder(self.out, {MANIFEST_NAME, _PLAN_NAME}, "codes cache"))
+        self._stack.enter_context(hold_folder(self.out, {MANIFEST_NAME, PLAN_NAME}, "codes cache"))
         try:
             self._resume()
             rows = sum(len(self.missing(name)) * self.plan.views[name] for name in self.tree.splits)
@@ -111,7 +118,7 @@ class CodesWriter(contextlib.AbstractContextManager["CodesWriter"]):
     def note(self, name: str, value: Any) -> None:
         """Remember a JSON value for the manifest, also for a run that goes on with this cache."""
         self.notes[name] = value
-        write_json(self.out / _PLAN_NAME, {**self._settings, "notes": self.notes})
+        write_json(self.out / PLAN_NAME, {**self._settings, "notes": self.notes})
 
     def finish(self, max_skip: int | None = None) -> Manifest:
         """Write the manifest, which makes the cache whole, and return it.
@@ -194,12 +201,12 @@ class CodesWriter(contextlib.AbstractContextManager["CodesWriter"]):
             self.finished = manifest
             self._forget_progress()
             return
-        if (self.out / _PLAN_NAME).exists():
-            begun = read_json(self.out / _PLAN_NAME)
+        if (self.out / PLAN_NAME).exists():
+            begun = read_plan(self.out, CODES_KIND)
             self._require_same(begun)
             self.notes = dict(begun.get("notes", {}))
         else:
-            write_json(self.out / _PLAN_NAME, self._settings)
+            write_json(self.out / PLAN_NAME, self._settings)
         for name, listing in self._listings.items():
             write_text(self.out / images_name(name), listing)
         self.collect()
@@ -226,7 +233,7 @@ class CodesWriter(contextlib.AbstractContextManager["CodesWriter"]):
             )
 
     def _forget_progress(self) -> None:
-        for path in (self.out / _PLAN_NAME, *self.out.glob(PROGRESS_PATTERN)):
+        for path in (self.out / PLAN_NAME, *self.out.glob(PROGRESS_PATTERN)):
             path.unlink(missing_ok=True)
 
 
@@ -239,6 +246,6 @@ def begun_with(out: Path) -> str | None:
     """Return the fingerprint of the tokenizer that the cache in `out`, finished or not, was begun with; None if none was."""
     if (Path(out) / MANIFEST_NAME).exists():
         return str(read_manifest(Path(out), CODES_KIND).info["tokenizer"])
-    if (Path(out) / _PLAN_NAME).exists():
-        return str(read_json(Path(out) / _PLAN_NAME)["tokenizer"])
+    if unfinished_kind(Path(out)) is not None:
+        return str(read_plan(Path(out), CODES_KIND).get("tokenizer"))
     return None

@@ -14,6 +14,7 @@ import numpy as np
 from varcli.data.decode import SUFFIXES, UnusableImage, load_image
 from varcli.data.idx import is_idx_folder, read_idx
 from varcli.data.paths import escape_path
+from varcli.data.runs import require_no_artifact
 from varcli.data.stream import DecodedBatch, decode_images
 from varcli.data.views import DecodeConfig
 from varcli.errors import DataError
@@ -91,7 +92,8 @@ def open_images(root: Path, follow_links: bool = False, allow_single_class: bool
 
     follow_links: use links that lead out of `root`, else they are skipped. allow_single_class: take a folder with one
     class, or with images and no class folder (one class with the folder's name).
-    Raises DataError, saying what to do, if there is no image or only one class, or if val has classes train has not.
+    Raises DataError, saying what to do, if there is no image or only one class, if val has classes train has not, or if
+    varcli wrote the folder itself, such as samples: their grid, for one, is no image to learn from.
     """
     root = Path(root)
     shown = escape_path(str(root))
@@ -100,6 +102,7 @@ def open_images(root: Path, follow_links: bool = False, allow_single_class: bool
     if not root.is_dir():
         hint = "unpack the archive first" if root.suffix in (".zip", ".tar", ".gz", ".tgz") else "pass its folder"
         raise DataError(f"`{shown}` is a file, but a folder of images is needed", hint)
+    require_no_artifact(root)
     if is_idx_folder(root):
         return _open_idx(root)
     scan = _Scan(root, follow_links)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from varcli.artifacts.lock import is_locked
-from varcli.artifacts.verify import is_artifact, read_json, read_json_lines, read_manifest
+from varcli.artifacts.verify import is_artifact, read_json, read_json_lines, read_manifest, unfinished_kind
 from varcli.data.paths import escape_path
 from varcli.errors import ArtifactError, DataError, unknown_name
 
@@ -91,9 +91,16 @@ def is_run(folder: Path) -> bool:
 
 
 def require_no_artifact(folder: Path) -> None:
-    """Raise DataError, saying what it is, if `folder` is what varcli wrote, such as a run, where images are needed."""
+    """Raise DataError, saying what it is, if `folder` is what varcli wrote, such as a run, where images are needed.
+
+    So are codes or samples that are not finished: they may hold images, but neither all nor in folders of classes.
+    """
     folder = Path(folder)
-    if _can_be_read(read_run, folder):
+    hint = "pass ROOT with the images, as ROOT/CLASS/IMAGE"
+    begun = unfinished_kind(folder)
+    if begun is not None:
+        what, hint = f"an unfinished {begun} folder", f"{hint}; the command that began this one goes on with it"
+    elif _can_be_read(read_run, folder):
         what = "a run"
     elif _can_be_read(read_manifest, folder):
         what = f"a {read_manifest(folder).kind} folder"
@@ -101,10 +108,7 @@ def require_no_artifact(folder: Path) -> None:
         what = "a model"
     else:
         return
-    raise DataError(
-        f"`{escape_path(str(folder))}` is {what} of varcli, but a folder of images is needed",
-        "pass ROOT with the images, as ROOT/CLASS/IMAGE",
-    )
+    raise DataError(f"`{escape_path(str(folder))}` is {what} of varcli, but a folder of images is needed", hint)
 
 
 def find_runs(root: Path) -> tuple[list[Path], dict[Path, str]]:
@@ -133,6 +137,8 @@ def find_runs(root: Path) -> tuple[list[Path], dict[Path, str]]:
         runs += below
         if not below:
             others[entry] = _what(entry, is_locked(entry))
+    if not runs and (is_artifact(root) or unfinished_kind(root) is not None):
+        others[root] = _what(root, is_locked(root))
     return runs, others
 
 
@@ -192,6 +198,9 @@ def _what(folder: Path, is_running: bool) -> str:
         return "it is being begun, or written by another command"
     parts = [name for name in _MODEL_PARTS if is_artifact(folder / name)]
     try:
+        begun = unfinished_kind(folder)
+        if begun is not None:
+            return f"it is an unfinished {begun} folder"
         if is_artifact(folder):
             return f"it is a {read_manifest(folder).kind} folder"
         if parts:

@@ -21,8 +21,8 @@ from PIL import Image
 
 from varcli import config as configs
 from varcli.artifacts.lock import hold_folder
-from varcli.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, hash_file, write_manifest
-from varcli.artifacts.verify import read_json, read_manifest
+from varcli.artifacts.manifest import MANIFEST_NAME, PLAN_NAME, FileEntry, Manifest, hash_file, write_manifest
+from varcli.artifacts.verify import read_manifest, read_plan
 from varcli.artifacts.write import atomic_path, write_json
 from varcli.data.decode import SUFFIXES, UnusableImage, load_image
 from varcli.data.paths import escape_path
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 SAMPLES_KIND = "samples"
 GRID_NAME, NPZ_NAME = "grid.png", "samples.npz"
-_PLAN_NAME = ".plan.json"
 _OFF = {"files": "png", "fp8": False}  # what settings that are None mean, for errors
 _SAMPLE = re.compile(r"(\d{4,})-(\d{5,})\.png")
 _GRID_IMAGES, _GRID_ROWS, _GRID_COLUMNS = 64, 16, 8
@@ -50,11 +49,6 @@ def sample_class(name: str) -> int | None:
     """Class index in a sample's file name, or None if `name` is not a sample's."""
     match = _SAMPLE.fullmatch(name)
     return int(match[1]) if match else None
-
-
-def is_unfinished(folder: Path) -> bool:
-    """Say whether `folder` was begun by a `SamplesWriter` that did not get to the end."""
-    return (folder / _PLAN_NAME).exists() and not (folder / MANIFEST_NAME).exists()
 
 
 def sample_pairs(manifest: Manifest) -> list[tuple[int, int]]:
@@ -211,7 +205,7 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
         self._present: set[str] = set()
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(hold_folder(self.out, {MANIFEST_NAME, _PLAN_NAME}, "samples"))
+        self._stack.enter_context(hold_folder(self.out, {MANIFEST_NAME, PLAN_NAME}, "samples"))
         try:
             self._resume()
         except BaseException:
@@ -285,16 +279,16 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
 
     def forget_plan(self) -> None:
         """Remove what stood for the manifest until there was one."""
-        (self.out / _PLAN_NAME).unlink(missing_ok=True)
+        (self.out / PLAN_NAME).unlink(missing_ok=True)
 
     def _resume(self) -> None:
         if (self.out / MANIFEST_NAME).exists():
             begun = {key: read_manifest(self.out, SAMPLES_KIND).info.get(key) for key in self.settings}
-        elif (self.out / _PLAN_NAME).exists():
-            begun = read_json(self.out / _PLAN_NAME)
+        elif (self.out / PLAN_NAME).exists():
+            begun = read_plan(self.out, SAMPLES_KIND)
         else:
             begun = self.settings
-            write_json(self.out / _PLAN_NAME, self.settings)
+            write_json(self.out / PLAN_NAME, self.settings)
         sides = (begun, self.settings)
         names = sorted({*begun, *self.settings})  # what a side lacks is off there
         before, now = (

@@ -20,7 +20,8 @@ from varcli.data.decode import UnusableImage, load_image
 from varcli.data.defaults import default_decode
 from varcli.data.images import ImageTree, Split, decode_images, typical_side
 from varcli.data.paths import escape_path
-from varcli.data.samples import SAMPLES_KIND, is_unfinished, list_images, read_images, sample_class
+from varcli.data.runs import require_no_artifact
+from varcli.data.samples import SAMPLES_KIND, list_images, read_images, sample_class
 from varcli.data.views import DecodeConfig
 from varcli.errors import DataError, IntegrityError, ShapeError
 from varcli.metrics.npz import NpzFile
@@ -69,8 +70,8 @@ class ImageSource:
 def from_folder(folder: Path) -> ImageSource:
     """Open a folder of images of one size; for one that `varcli sample` wrote, exactly the images its manifest names.
 
-    Raises DataError without images, IntegrityError if a sample differs from the manifest, ArtifactError for a folder of
-    another kind.
+    Raises DataError without images or for unfinished samples, IntegrityError if a sample differs from the manifest,
+    ArtifactError for a folder of another kind.
     """
     labels = classes = None
     hashes: dict[Path, str] = {}
@@ -85,9 +86,8 @@ def from_folder(folder: Path) -> ImageSource:
         names = manifest.info.get("classes")
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             classes = tuple(names)
-    elif is_unfinished(folder):
-        raise DataError(f"the samples in `{escape_path(str(folder))}` are not finished", "run `varcli sample` again")
     else:
+        require_no_artifact(folder)
         paths = list_images(folder)
     width, height = _first_size(paths[0])
     return ImageSource(

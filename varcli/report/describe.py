@@ -19,6 +19,7 @@ from varcli.artifacts.verify import (
     read_json_lines,
     read_manifest,
     read_tensor_header,
+    unfinished_kind,
     verify_folder,
 )
 from varcli.data.decode import SUFFIXES, UnusableImage, load_image
@@ -71,6 +72,9 @@ def _describe_folder(folder: Path, verify: bool) -> Description:
         return _describe_run(folder, parts)
     if parts:
         return _describe_model(folder, parts)
+    begun = unfinished_kind(folder)
+    if begun is not None:
+        read_manifest(folder, begun)  # raises: it has none
     try:
         tree = open_images(folder, allow_single_class=True)
     except DataError as error:

@@ -16,7 +16,6 @@ from varcli.data.codes_writer import begun_with
 from varcli.data.defaults import default_decode
 from varcli.data.images import decode_images, describe_enlarging, open_images, typical_side
 from varcli.data.paths import escape_path
-from varcli.data.runs import require_no_artifact
 from varcli.data.skips import Skips
 from varcli.devices import PRECISIONS, resolve_device
 from varcli.distributed import ALONE, World
@@ -89,7 +88,6 @@ def tokenize(
     if compile and precision == PLAIN_PRECISION:
         raise ConfigError("codes in fp32 are computed as they are, without torch.compile", "add --precision fp16")
     where = resolve_device(device)
-    require_no_artifact(images)
     tree = open_images(images, follow_links)
     if not is_artifact(Path(out)):  # a finished cache stays one
         Skips(tree, max_skip)  # raises, before images are read, if too many links and the like are out already

@@ -13,7 +13,7 @@ import torch
 from varcli import config as configs
 from varcli.artifacts.write import prepare_folder
 from varcli.data.images import describe_enlarging, open_images, typical_side
-from varcli.data.runs import is_number, read_log, require_no_artifact
+from varcli.data.runs import is_number, read_log
 from varcli.data.skips import Skips
 from varcli.devices import precision_name, resolve_device, resolve_precision
 from varcli.distributed import ALONE, World
@@ -79,7 +79,6 @@ def train_tokenizer(
     asked = architecture or (configs.to_dict(config.tokenizer) if config.tokenizer else {})
     fixed = configs.changed(config) if given is None else given
     where = resolve_device(device)
-    require_no_artifact(images)
     tree = open_images(images, allow_single_class=True)
     names = list(tree.splits)
     on_step = on_step if world.is_first else ignore
