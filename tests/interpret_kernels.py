@@ -22,6 +22,7 @@ from torch import Tensor
 
 from varcli.kernels import (
     attention,
+    attention_backward_triton,
     attention_triton,
     conv3x3_triton,
     fp8_triton,
@@ -163,12 +164,23 @@ def measure_attention(batch: int, lengths: tuple[int, ...], heads: int, width: i
     expected.backward(grad.double())
     q, k, v, *inverses = qk_triton.launch_forward(qkv, q_bias, v_bias, log_scale, CAP)
     shape = attention_triton.Shape(tile, 16, 4, 1)
-    with patch.multiple(attention_triton, FORWARD=shape, BACKWARD_QUERIES=shape, BACKWARD_KEYS=shape):
+    with (
+        patch.object(attention_triton, "FORWARD", shape),
+        patch.multiple(attention_backward_triton, QUERY_TILES=shape, KEY_TILES=shape),
+    ):
         seen = attention_triton.launch_forward(q, k, v, lengths, 0.7)
         given = (grad, q, k, v, *seen, *inverses, log_scale, CAP, lengths, 0.7)
-        found, biases, scales = attention_triton.launch_backward(*given)
+        found, biases, scales = attention_backward_triton.launch_backward(*given)
     pairs = {"seen": (seen[0], expected), "qkv": (found, wide[0].grad), "log_scale": (scales, wide[3].grad.flatten())}
     pairs |= {"q_bias": (biases[0], wide[1].grad), "v_bias": (biases[1], wide[2].grad)}
+    cache = torch.randn(2, batch, heads, sum(lengths) + 3, width)
+    keys, values = cache[:, :, :, : sum(lengths)]
+    step = q[:, -lengths[-1] :].contiguous()
+    one = torch.nn.functional.scaled_dot_product_attention(
+        *(part.double() for part in (step.transpose(1, 2), keys, values)), scale=0.7
+    )
+    with patch.object(attention_triton, "FORWARD", shape):
+        pairs["step"] = (attention_triton.launch_step(step, keys, values, 0.7), one.transpose(1, 2))
     # queries are up to 100 long, which multiplies the rounding of keys before the softmax
     return {name: distance(*pair) / 20 for name, pair in pairs.items()}
 

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varcli.bench.calibrate import measure_matmul, median_seconds
-from varcli.kernels import attention_triton, qk_triton
+from varcli.kernels import attention_backward_triton as backward
+from varcli.kernels import attention_triton as forward
+from varcli.kernels import qk_triton
 from varcli.kernels.attention_triton import Shape
 from varcli.kernels.qk import Step, normalized_steps
 from varcli.scales import PatchNums
@@ -48,17 +50,17 @@ def main() -> None:
     show("a step at a time, backward, normalisation too", 5, lambda: out.backward(grad, retain_graph=True))
     with torch.no_grad():
         q, k, v, *inverses = qk_triton.launch_forward(qkv, *biases, log_scale, CAP)
-        for kernel in ("FORWARD", "BACKWARD_QUERIES", "BACKWARD_KEYS"):
-            usual = getattr(attention_triton, kernel)
+        for room, kernel in ((forward, "FORWARD"), (backward, "QUERY_TILES"), (backward, "KEY_TILES")):
+            usual = getattr(room, kernel)
             for shape in SHAPES:
-                setattr(attention_triton, kernel, shape)
-                kept = attention_triton.launch_forward(q, k, v, LENGTHS, 1.0)
+                setattr(room, kernel, shape)
+                kept = forward.launch_forward(q, k, v, LENGTHS, 1.0)
                 if kernel == "FORWARD":
-                    show(f"{kernel} {tuple(shape)}", 2, attention_triton.launch_forward, q, k, v, LENGTHS, 1.0)
+                    show(f"{kernel} {tuple(shape)}", 2, forward.launch_forward, q, k, v, LENGTHS, 1.0)
                 else:
                     given = (grad, q, k, v, *kept, *inverses, log_scale, CAP, LENGTHS, 1.0)
-                    show(f"{kernel} {tuple(shape)}", 5, attention_triton.launch_backward, *given)
-            setattr(attention_triton, kernel, usual)
+                    show(f"{kernel} {tuple(shape)}", 5, backward.launch_backward, *given)
+            setattr(room, kernel, usual)
 
 
 def attend(steps: list[Step]) -> Tensor:

@@ -98,7 +98,7 @@ def test_an_unknown_stage_is_refused():
         run_bench("tokenise")
 
 
-def test_kernels_are_compared_in_training_alone_and_refused_before_anything_is_measured():
+def test_kernels_are_compared_where_a_transformer_runs_and_refused_before_anything_is_measured():
     config = BenchConfig(depth=1, scales="1,2", tokenizer_width=32, batch_sizes=(1,), repeats=1, device="cpu")
     result = run_bench("all", replace(config, kernels=("auto", "torch")))
     assert [(entry.stage, entry.kernels) for entry in result.measurements] == [
@@ -108,6 +108,9 @@ def test_kernels_are_compared_in_training_alone_and_refused_before_anything_is_m
         ("sample", None),
         ("sample: transformer", None),
         ("sample: decoder", None),
+        ("sample", "torch"),
+        ("sample: transformer", "torch"),
+        ("sample: decoder", "torch"),
     ]
     with pytest.raises(ConfigError, match="CUDA"):
         run_bench("train", replace(config, kernels=("torch", "triton")))
@@ -181,7 +184,7 @@ def test_an_unknown_stage_lists_all_and_a_count_below_one_names_its_option():
     "arguments, said",
     [
         ("tokenize --depth 8", "`--depth` belongs to train, sample and all; but the stage is tokenize"),
-        ("sample --kernels torch", "`--kernels` belongs to train and all; but the stage is sample"),
+        ("tokenize --kernels torch", "`--kernels` belongs to train, sample and all; but the stage is tokenize"),
         ("train --workers 0", "`--workers` belongs to tokenize-files and eval; but the stage is train"),
         ("tokenize-files --profile", "`--profile` belongs to tokenize, train, sample, all and train-tokenizer"),
         ("train --set steps=1", "`--set` belongs to train-tokenizer"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from varcli.kernels.attention import attend, is_served
+from varcli.kernels.attention import attend, attend_step, is_served
 from varcli.kernels.qk import normalized_steps, normalized_steps_reference
 
 CAP = math.log(100)
@@ -116,3 +116,15 @@ def test_a_gpu_computes_what_float64_does(shape, dtype, compiled):
     ours = distances(torch.compile(fused, fullgraph=True) if compiled else fused)
     torchs = distances(lambda *tensors: attend_by_step(normalized_steps, lengths, *tensors))
     assert all(mine < 1.2 * theirs + 1e-4 for mine, theirs in zip(ours, torchs)), (ours, torchs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 1, 3, 1, 64), (3, 25, 16, 55, 64), (2, 256, 30, 680, 64), (1, 100, 2, 255, 128)])
+def test_a_gpu_lets_the_queries_of_a_step_see_what_is_in_the_cache(shape):
+    torch.manual_seed(0)
+    batch, length, heads, num_keys, width = shape
+    q = torch.randn(batch, length, heads, width, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    cache = torch.randn(2, batch, heads, num_keys + 9, width, device="cuda", dtype=torch.bfloat16)
+    k, v = cache[:, :, :, :num_keys]
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=SCALE).transpose(1, 2).flatten(2)
+    assert (attend_step(q, k, v, SCALE).double() - exact).norm() / exact.norm() < 5e-3

@@ -28,7 +28,7 @@ class BenchConfig:
     batch_sizes: tuple[int, ...] = (64,)  # images at once, one measurement each
     precision: str = "auto"  # auto, fp32, bf16 or fp16
     compile: bool = False  # torch.compile what runs often
-    kernels: tuple[str, ...] = ("auto",)  # train: auto, torch, triton or fused, one measurement each
+    kernels: tuple[str, ...] = ("auto",)  # train, sample: auto, torch, triton or fused, one measurement each
     # train in several processes: ddp, fsdp or hsdp, one measurement each, after one of each process for itself
     parallel: tuple[str, ...] = ("ddp",)
     fp8: bool = False  # train, sample: the blocks' large products in FP8

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from varcli.bench.config import BenchConfig
 from varcli.bench.counting import decoder_flops
+from varcli.kernels import resolve_kernels
 from varcli.sampling import Generator, SampleConfig
 from varcli.sampling.engine import Engine, capture
 from varcli.sampling.noise import KeyedNoise
@@ -36,6 +37,8 @@ def sampling_stage(
     elif dtype != torch.float32:
         transformer.keep_products_in(dtype)
     generator = Generator(tokenizer.to(device), transformer.to(device))
+    if config.kernels != ("auto",):
+        transformer.kernels = resolve_kernels(config.kernels[0], device)
     if config.compile:
         generator.compile()
     settings = SampleConfig(precision=str(config.precision))

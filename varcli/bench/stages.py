@@ -66,22 +66,22 @@ def run_bench(
         require_fp8(device, dtype, config.transformer.width, config.transformer.hidden_width)
     ceiling = measure_ceiling(device, dtype)
     exchange_rate = measure_exchange(world, device) if world.size > 1 else 0.0
-    ways = [
-        {"kernels": resolve_kernels(kernels, device), "parallel": mode}
-        for kernels in config.kernels
-        for mode in ((None, *config.parallel) if world.size > 1 else (None,))
-    ]
-    jobs = [
-        (name, size, way)
-        for name in names
-        for size in config.batch_sizes
-        for way in (ways if name == "train" else [{}])
-    ]
+    choices = [(kernels, resolve_kernels(kernels, device)) for kernels in config.kernels]
+    ways: dict[str, list[dict[str, str | None]]] = {
+        "train": [
+            {"kernels": resolved, "parallel": mode}
+            for _, resolved in choices
+            for mode in ((None, *config.parallel) if world.size > 1 else (None,))
+        ],
+        # what a generator takes by itself depends on its precision
+        "sample": [{"kernels": None if kernels == "auto" else resolved} for kernels, resolved in choices],
+    }
+    jobs = [(name, size, way) for name in names for size in config.batch_sizes for way in ways.get(name, [{}])]
     found: list[Measurement] = []
     for done, (name, size, way) in enumerate(jobs):
         message = ", ".join([f"{name}, batch {size}", *filter(None, way.values())])
         on_step(Step(done, len(jobs), unit="measurements", message=message))
-        chosen = replace(config, **{key: (value,) for key, value in way.items() if value})
+        chosen = replace(config, kernels=(way.get("kernels") or "auto",), parallel=(way.get("parallel") or "ddp",))
         together = world if way.get("parallel") else ALONE
         measurements: list[Measurement] | None = None
         try:

@@ -38,7 +38,7 @@ _OPTIONS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "--tokenizer-width": ("tokenizer_width", _MODELS),
     "--batch-size": ("batch_sizes", _MODELS),
     "--compile": ("compile", _MODELS),
-    "--kernels": ("kernels", ("train", "all")),
+    "--kernels": ("kernels", _PREDICTORS),
     "--parallel": ("parallel", ("train",)),
     "--fp8": ("fp8", _PREDICTORS),
     "--profile": ("profile", ("tokenize", "train", "sample", "all", "train-tokenizer")),
@@ -72,7 +72,7 @@ def bench(
     compile_: Annotated[bool, Option("--compile", help="Use torch.compile.")] = False,
     kernels: Annotated[
         list[str] | None,
-        Option("--kernels", help="train: auto, torch, triton or fused; repeat it to compare. Default: auto."),
+        Option("--kernels", help="train, sample: auto, torch, triton or fused; repeat it to compare. Default: auto."),
     ] = None,
     parallel: Annotated[
         list[str] | None,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from varcli.kernels import qk  # noqa: F401  (its operators)
@@ -19,7 +20,7 @@ _WIDTHS = (16, 32, 64, 128)  # of a head: what matrix units take
 
 
 def is_served(dtype: torch.dtype, head_width: int) -> bool:
-    """Say whether `attend` computes heads of this width in this dtype on CUDA."""
+    """Say whether `attend` and `attend_step` compute heads of this width in this dtype on CUDA."""
     return dtype in (torch.bfloat16, torch.float16) and head_width in _WIDTHS
 
 
@@ -38,6 +39,19 @@ def attend(
     keys 1 long. scale: of the softmax. Gradients of biases and log_scale are summed in float32.
     """
     return _Attend.apply(qkv_BLC, q_bias_C, v_bias_C, log_scale, cap, tuple(step_lengths), scale)
+
+
+@torch.no_grad()
+def attend_step(q_Bnld: Tensor, k_BnLd: Tensor, v_BnLd: Tensor, scale: float) -> Tensor:
+    """Return what the queries of the last step see of all keys so far, (B, l, C); no gradients.
+
+    Keys and values may be the first part of a cache that has room for more, of equal strides.
+    """
+    if q_Bnld.is_cuda:
+        from varcli.kernels.attention_triton import launch_step
+
+        return launch_step(q_Bnld.transpose(1, 2).contiguous(), k_BnLd, v_BnLd, scale).flatten(2)
+    return F.scaled_dot_product_attention(q_Bnld, k_BnLd, v_BnLd, scale=scale).transpose(1, 2).flatten(2)
 
 
 class _Attend(torch.autograd.Function):
@@ -107,7 +121,7 @@ def _attend_backward(
     step_lengths: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from varcli.kernels.attention_triton import launch_backward
+    from varcli.kernels.attention_backward_triton import launch_backward
 
     tensors = (grad_out, q, k, v, out, level, q_inverse, k_inverse, log_scale)
     return launch_backward(*(tensor.contiguous() for tensor in tensors), cap, tuple(step_lengths), scale)

@@ -1,11 +1,9 @@
-"""Triton kernels of `varcli.kernels.attention`: block-causal attention, and its gradient back to one product of q, k and v.
+"""Triton kernel of `varcli.kernels.attention`, forward: block-causal attention of all steps, or of one step over a cache.
 
 Tokens are cut into tiles at the bounds of steps, so that nearly all that is computed is seen: a tile's queries read the keys
 up to the end of their step, and only where short steps share a tile some are hidden. A program takes one head of one tile.
-The backward pass computes probabilities twice, once for queries and once for keys and values, and each program then holds
-whole gradients of its tokens: what normalising them takes away is taken away before they are stored.
 
-Source: online softmax and its backward pass as in FlashAttention-2 (arXiv:2307.08691).
+Source: online softmax as in FlashAttention-2 (arXiv:2307.08691).
 """
 
 from __future__ import annotations
@@ -18,9 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-# a vector shorter than 1e-12 was not brought to unit length, so its gradient has no part taken away along it
-_LONGEST_INVERSE: tl.constexpr = tl.constexpr(0.999e12)
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 class Shape(NamedTuple):
@@ -32,9 +28,7 @@ class Shape(NamedTuple):
     num_stages: int
 
 
-FORWARD = Shape(128, 64, 4, 3)
-BACKWARD_QUERIES = Shape(128, 64, 8, 2)
-BACKWARD_KEYS = Shape(128, 64, 8, 2)
+FORWARD = Shape(128, 64, 8, 3)
 
 
 @functools.cache
@@ -51,7 +45,7 @@ def cut_tiles(step_lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
 
 
 @triton.jit
-def _pick(table: tl.constexpr, index):
+def pick(table: tl.constexpr, index):
     """The entry of a tuple at an index that is known when the kernel runs."""
     value = index * 0
     for place in tl.static_range(len(table)):
@@ -60,7 +54,7 @@ def _pick(table: tl.constexpr, index):
 
 
 @triton.jit
-def _start_of(tokens, ENDS: tl.constexpr):
+def start_of(tokens, ENDS: tl.constexpr):
     """First token of the step that each of these tokens belongs to."""
     starts = tokens * 0
     for step in tl.static_range(1, len(ENDS)):
@@ -69,7 +63,7 @@ def _start_of(tokens, ENDS: tl.constexpr):
 
 
 @triton.jit
-def _end_of(tokens, ENDS: tl.constexpr):
+def end_of(tokens, ENDS: tl.constexpr):
     """End of the step that each of these tokens belongs to."""
     ends = tokens * 0 + ENDS[0]
     for step in tl.static_range(1, len(ENDS)):
@@ -79,21 +73,21 @@ def _end_of(tokens, ENDS: tl.constexpr):
 
 @triton.jit
 def _attend_piece(
-    q, k_ptr, v_ptr, start, ends, columns, token_stride, peak, total, out,
-    SCALE: tl.constexpr, END: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, IS_CUT: tl.constexpr,
+    q, k_ptr, v_ptr, start, ends, num_keys, columns, token_stride, peak, total, out,
+    SCALE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, IS_CUT: tl.constexpr,
 ):  # fmt: skip
     """Let queries see the keys from `start` on; IS_CUT: not all of them see all of these."""
     keys = start + tl.arange(0, KEYS)
     at = keys[:, None] * token_stride + columns[None, :]
     inside = columns[None, :] < WIDTH
     if IS_CUT:
-        inside &= (keys < END)[:, None]
+        inside &= (keys < num_keys)[:, None]
     k = tl.load(k_ptr + at, mask=inside, other=0)
     scores = tl.dot(q, k.T, input_precision="ieee")
     if IS_CUT:
         scores = tl.where(keys[None, :] < ends[:, None], scores, float("-inf"))
-    higher = tl.maximum(peak, tl.max(scores, axis=1) * (SCALE * _LOG2_E))
-    weights = tl.exp2(scores * (SCALE * _LOG2_E) - higher[:, None])  # one multiply-add each
+    higher = tl.maximum(peak, tl.max(scores, axis=1) * (SCALE * LOG2_E))
+    weights = tl.exp2(scores * (SCALE * LOG2_E) - higher[:, None])  # one multiply-add each
     faded = tl.exp2(peak - higher)
     v = tl.load(v_ptr + at, mask=inside, other=0)
     out = tl.dot(weights.to(v.dtype), v, out * faded[:, None], input_precision="ieee")
@@ -102,185 +96,57 @@ def _attend_piece(
 
 @triton.jit
 def _varcli_attend(
-    q_ptr, k_ptr, v_ptr, out_ptr, level_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, level_ptr, kv_sample_stride, kv_token_stride, kv_head_stride, length, num_keys,
     FIRSTS: tl.constexpr, ENDS: tl.constexpr, SCALE: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
+    # without ENDS all queries are of one step, the last, which sees all keys
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys first
-    first, last = _pick(FIRSTS, tile), _pick(FIRSTS, tile + 1)
+    if len(ENDS) > 0:
+        first, last = pick(FIRSTS, tile), pick(FIRSTS, tile + 1)
+        seen_by_all, seen = end_of(first, ENDS), end_of(last - 1, ENDS)
+    else:
+        first = tile * QUERIES
+        last = min(first + QUERIES, length)
+        seen_by_all, seen = num_keys, num_keys
     head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    length: tl.constexpr = ENDS[len(ENDS) - 1]
-    token_stride: tl.constexpr = HEADS * WIDTH
-    offset = sample * length * token_stride + head * WIDTH
     columns = tl.arange(0, BLOCK)
     tokens = first + tl.arange(0, QUERIES)
+    ends = end_of(tokens, ENDS) if len(ENDS) > 0 else tokens * 0 + num_keys
     inside = (tokens < last)[:, None] & (columns < WIDTH)[None, :]
-    at = offset + tokens[:, None] * token_stride + columns[None, :]
+    at = ((sample * length + tokens) * HEADS + head)[:, None] * WIDTH + columns[None, :]
     q = tl.load(q_ptr + at, mask=inside, other=0)
-    ends = _end_of(tokens, ENDS)
+    k_ptr += sample * kv_sample_stride + head * kv_head_stride
+    v_ptr += sample * kv_sample_stride + head * kv_head_stride
     peak = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     out = tl.zeros((QUERIES, BLOCK), tl.float32)
-    seen_by_all = _end_of(first, ENDS) // KEYS * KEYS
+    seen_by_all = seen_by_all // KEYS * KEYS
     for start in range(0, seen_by_all, KEYS):
         peak, total, out = _attend_piece(
-            q, k_ptr + offset, v_ptr + offset, start, ends, columns, token_stride, peak, total, out,
-            SCALE, length, WIDTH, KEYS, False,
-        )  # fmt: skip
-    for start in range(seen_by_all, _end_of(last - 1, ENDS), KEYS):
+            q,
+            k_ptr,
+            v_ptr,
+            start,
+            ends,
+            num_keys,
+            columns,
+            kv_token_stride,
+            peak,
+            total,
+            out,
+            SCALE,
+            WIDTH,
+            KEYS,
+            False,
+        )
+    for start in range(seen_by_all, seen, KEYS):
         peak, total, out = _attend_piece(
-            q, k_ptr + offset, v_ptr + offset, start, ends, columns, token_stride, peak, total, out,
-            SCALE, length, WIDTH, KEYS, True,
-        )  # fmt: skip
+            q, k_ptr, v_ptr, start, ends, num_keys, columns, kv_token_stride, peak, total, out, SCALE, WIDTH, KEYS, True
+        )
     tl.store(out_ptr + at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(level_ptr + (sample * HEADS + head) * length + tokens, peak + tl.log2(total), mask=tokens < last)
-
-
-@triton.jit
-def _query_piece(
-    q, grad_out, level, along, k_ptr, v_ptr, start, ends, columns, token_stride, grad,
-    SCALE: tl.constexpr, END: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, IS_CUT: tl.constexpr,
-):  # fmt: skip
-    """Add to the gradient of queries what comes over the keys from `start` on."""
-    keys = start + tl.arange(0, KEYS)
-    at = keys[:, None] * token_stride + columns[None, :]
-    inside = columns[None, :] < WIDTH
-    if IS_CUT:
-        inside &= (keys < END)[:, None]
-    k = tl.load(k_ptr + at, mask=inside, other=0)
-    v = tl.load(v_ptr + at, mask=inside, other=0)
-    scores = tl.dot(q, k.T, input_precision="ieee") * (SCALE * _LOG2_E)
-    if IS_CUT:
-        scores = tl.where(keys[None, :] < ends[:, None], scores, float("-inf"))
-    weights = tl.exp2(scores - level[:, None])
-    grad_scores = weights * (tl.dot(grad_out, v.T, input_precision="ieee") - along[:, None])
-    return tl.dot(grad_scores.to(k.dtype), k, grad, input_precision="ieee")
-
-
-@triton.jit
-def _varcli_attend_backward_queries(
-    q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, level_ptr, inverse_ptr, log_scale_ptr,
-    along_ptr, grad_qkv_ptr, bias_sums_ptr, scale_sums_ptr, cap,
-    FIRSTS: tl.constexpr, ENDS: tl.constexpr, SCALE: tl.constexpr,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    first, last = _pick(FIRSTS, tile), _pick(FIRSTS, tile + 1)
-    head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    length: tl.constexpr = ENDS[len(ENDS) - 1]
-    token_stride: tl.constexpr = HEADS * WIDTH
-    offset = sample * length * token_stride + head * WIDTH
-    columns = tl.arange(0, BLOCK)
-    tokens = first + tl.arange(0, QUERIES)
-    inside = (tokens < last)[:, None] & (columns < WIDTH)[None, :]
-    at = offset + tokens[:, None] * token_stride + columns[None, :]
-    q = tl.load(q_ptr + at, mask=inside, other=0)
-    grad_out = tl.load(grad_out_ptr + at, mask=inside, other=0)
-    out = tl.load(out_ptr + at, mask=inside, other=0)
-    along = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)
-    row = (sample * HEADS + head) * length + tokens
-    tl.store(along_ptr + row, along, mask=tokens < last)
-    level = tl.load(level_ptr + row, mask=tokens < last, other=0)
-    ends = _end_of(tokens, ENDS)
-    grad = tl.zeros((QUERIES, BLOCK), tl.float32)
-    seen_by_all = _end_of(first, ENDS) // KEYS * KEYS
-    for start in range(0, seen_by_all, KEYS):
-        grad = _query_piece(
-            q, grad_out, level, along, k_ptr + offset, v_ptr + offset, start, ends, columns, token_stride, grad,
-            SCALE, length, WIDTH, KEYS, False,
-        )  # fmt: skip
-    for start in range(seen_by_all, _end_of(last - 1, ENDS), KEYS):
-        grad = _query_piece(
-            q, grad_out, level, along, k_ptr + offset, v_ptr + offset, start, ends, columns, token_stride, grad,
-            SCALE, length, WIDTH, KEYS, True,
-        )  # fmt: skip
-    # back through the normalisation
-    grad *= SCALE
-    q_wide = q.to(tl.float32)
-    inverse = tl.load(inverse_ptr + (sample * length + tokens) * HEADS + head, mask=tokens < last, other=0)
-    log_scale = tl.load(log_scale_ptr + head).to(tl.float32)
-    scale = tl.exp(tl.minimum(log_scale, cap))
-    along = tl.sum(grad * q_wide, axis=1)
-    part = sample * tl.num_programs(0) + tile
-    # above its cap the temperature has no gradient
-    scale_sum = tl.where(log_scale <= cap, tl.sum(tl.where(tokens < last, along, 0.0), axis=0), 0.0)
-    tl.store(scale_sums_ptr + part * HEADS + head, scale_sum)
-    along = tl.where(inverse < _LONGEST_INVERSE, along / (scale * scale), 0.0)
-    grad = (grad - q_wide * along[:, None]) * (inverse * scale)[:, None]
-    bias_sum = tl.sum(tl.where(inside, grad, 0.0), axis=0)
-    tl.store(bias_sums_ptr + part * token_stride + head * WIDTH + columns, bias_sum, mask=columns < WIDTH)
-    at = ((sample * length + tokens) * 3 * HEADS + head)[:, None] * WIDTH + columns[None, :]
-    tl.store(grad_qkv_ptr + at, grad.to(grad_qkv_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _key_piece(
-    k, v, keys, q_ptr, grad_out_ptr, level_ptr, along_ptr, start, columns, token_stride, grad_k, grad_v,
-    SCALE: tl.constexpr, ENDS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, IS_CUT: tl.constexpr,
-):  # fmt: skip
-    """Add to the gradients of keys and values what comes over the queries from `start` on."""
-    tokens = start + tl.arange(0, QUERIES)
-    is_there = tokens < ENDS[len(ENDS) - 1]
-    inside = is_there[:, None] & (columns < WIDTH)[None, :]
-    at = tokens[:, None] * token_stride + columns[None, :]
-    q = tl.load(q_ptr + at, mask=inside, other=0)
-    grad_out = tl.load(grad_out_ptr + at, mask=inside, other=0)
-    level = tl.load(level_ptr + tokens, mask=is_there, other=0)
-    along = tl.load(along_ptr + tokens, mask=is_there, other=0)
-    scores = tl.dot(k, q.T, input_precision="ieee") * (SCALE * _LOG2_E)
-    if IS_CUT:
-        scores = tl.where(keys[:, None] < _end_of(tokens, ENDS)[None, :], scores, float("-inf"))
-    weights = tl.exp2(scores - level[None, :])
-    grad_v = tl.dot(weights.to(v.dtype), grad_out, grad_v, input_precision="ieee")
-    grad_scores = weights * (tl.dot(v, grad_out.T, input_precision="ieee") - along[None, :])
-    return tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision="ieee"), grad_v
-
-
-@triton.jit
-def _varcli_attend_backward_keys(
-    q_ptr, k_ptr, v_ptr, grad_out_ptr, level_ptr, along_ptr, inverse_ptr, grad_qkv_ptr, bias_sums_ptr,
-    FIRSTS: tl.constexpr, ENDS: tl.constexpr, SCALE: tl.constexpr,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    tile = tl.program_id(0)
-    first, last = _pick(FIRSTS, tile), _pick(FIRSTS, tile + 1)
-    head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    length: tl.constexpr = ENDS[len(ENDS) - 1]
-    token_stride: tl.constexpr = HEADS * WIDTH
-    offset = sample * length * token_stride + head * WIDTH
-    rows = (sample * HEADS + head) * length
-    columns = tl.arange(0, BLOCK)
-    keys = first + tl.arange(0, KEYS)
-    inside = (keys < last)[:, None] & (columns < WIDTH)[None, :]
-    at = offset + keys[:, None] * token_stride + columns[None, :]
-    k = tl.load(k_ptr + at, mask=inside, other=0)
-    v = tl.load(v_ptr + at, mask=inside, other=0)
-    grad_k = tl.zeros((KEYS, BLOCK), tl.float32)
-    grad_v = tl.zeros((KEYS, BLOCK), tl.float32)
-    begin = _start_of(first, ENDS)
-    seen_whole = begin + tl.cdiv(_start_of(last - 1, ENDS) - begin, QUERIES) * QUERIES
-    for start in range(begin, seen_whole, QUERIES):
-        grad_k, grad_v = _key_piece(
-            k, v, keys, q_ptr + offset, grad_out_ptr + offset, level_ptr + rows, along_ptr + rows,
-            start, columns, token_stride, grad_k, grad_v, SCALE, ENDS, WIDTH, QUERIES, True,
-        )  # fmt: skip
-    for start in range(seen_whole, length, QUERIES):
-        grad_k, grad_v = _key_piece(
-            k, v, keys, q_ptr + offset, grad_out_ptr + offset, level_ptr + rows, along_ptr + rows,
-            start, columns, token_stride, grad_k, grad_v, SCALE, ENDS, WIDTH, QUERIES, False,
-        )  # fmt: skip
-    bias_sum = tl.sum(tl.where(inside, grad_v, 0.0), axis=0)
-    part = sample * tl.num_programs(0) + tile
-    tl.store(bias_sums_ptr + part * token_stride + head * WIDTH + columns, bias_sum, mask=columns < WIDTH)
-    at = ((sample * length + keys) * 3 * HEADS + 2 * HEADS + head)[:, None] * WIDTH + columns[None, :]
-    tl.store(grad_qkv_ptr + at, grad_v.to(grad_qkv_ptr.dtype.element_ty), mask=inside)
-    # back through the normalisation
-    inverse = tl.load(inverse_ptr + (sample * length + keys) * HEADS + head, mask=keys < last, other=0)
-    grad_k *= SCALE
-    k_wide = k.to(tl.float32)
-    along = tl.where(inverse < _LONGEST_INVERSE, tl.sum(grad_k * k_wide, axis=1), 0.0)
-    grad_k = (grad_k - k_wide * along[:, None]) * inverse[:, None]
-    tl.store(grad_qkv_ptr + at - HEADS * WIDTH, grad_k.to(grad_qkv_ptr.dtype.element_ty), mask=inside)
+    if len(ENDS) > 0:
+        tl.store(level_ptr + (sample * HEADS + head) * length + tokens, peak + tl.log2(total), mask=tokens < last)
 
 
 def launch_forward(
@@ -297,84 +163,49 @@ def launch_forward(
             v_BLnd,
             out,
             level,
+            *k_BLnd.stride()[:3],
+            length,
+            length,
             FIRSTS=firsts,
             QUERIES=FORWARD.tile,
             KEYS=FORWARD.piece,
             num_warps=FORWARD.num_warps,
             num_stages=FORWARD.num_stages,
-            **_sizes(step_lengths, scale, heads, width),
+            **sizes_of(step_lengths, scale, heads, width),
         )
     return out, level
 
 
-def launch_backward(
-    grad_out_BLnd: Tensor,
-    q_BLnd: Tensor,
-    k_BLnd: Tensor,
-    v_BLnd: Tensor,
-    out_BLnd: Tensor,
-    level_BnL: Tensor,
-    q_inverse_BLn: Tensor,
-    k_inverse_BLn: Tensor,
-    log_scale: Tensor,
-    cap: float,
-    step_lengths: tuple[int, ...],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient to qkv (B, L, 3C), and summed in float32 those to both biases (2, C) and to log_scale (n,)."""
-    batch, length, heads, width = q_BLnd.shape
-    sizes = _sizes(step_lengths, scale, heads, width)
-    grad_qkv = q_BLnd.new_empty(batch, length, 3 * heads * width)
-    along = torch.empty_like(level_BnL)
-    firsts = cut_tiles(step_lengths, BACKWARD_QUERIES.tile)
-    query_sums = level_BnL.new_empty(batch, len(firsts) - 1, heads * width)
-    scale_sums = level_BnL.new_empty(batch, len(firsts) - 1, heads)
-    with torch.cuda.device_of(q_BLnd):
-        _varcli_attend_backward_queries[(len(firsts) - 1, heads, batch)](
-            q_BLnd,
-            k_BLnd,
-            v_BLnd,
-            out_BLnd,
-            grad_out_BLnd,
-            level_BnL,
-            q_inverse_BLn,
-            log_scale,
-            along,
-            grad_qkv,
-            query_sums,
-            scale_sums,
-            cap,
-            FIRSTS=firsts,
-            QUERIES=BACKWARD_QUERIES.tile,
-            KEYS=BACKWARD_QUERIES.piece,
-            num_warps=BACKWARD_QUERIES.num_warps,
-            num_stages=BACKWARD_QUERIES.num_stages,
-            **sizes,
+def launch_step(q_Blnd: Tensor, k_BnLd: Tensor, v_BnLd: Tensor, scale: float) -> Tensor:
+    """Return what the queries of one step see of all keys, (B, l, n, d). Keys and values: of equal strides, channels dense."""
+    (batch, length, heads, width), num_keys = q_Blnd.shape, k_BnLd.shape[2]
+    assert k_BnLd.stride() == v_BnLd.stride() and k_BnLd.stride(3) == 1, (k_BnLd.stride(), v_BnLd.stride())
+    sample_stride, head_stride, token_stride, _ = k_BnLd.stride()
+    out, tile = torch.empty_like(q_Blnd), min(FORWARD.tile, max(16, triton.next_power_of_2(length)))
+    with torch.cuda.device_of(q_Blnd):
+        _varcli_attend[(triton.cdiv(length, tile), heads, batch)](
+            q_Blnd,
+            k_BnLd,
+            v_BnLd,
+            out,
+            None,
+            sample_stride,
+            token_stride,
+            head_stride,
+            length,
+            num_keys,
+            FIRSTS=(),
+            QUERIES=tile,
+            KEYS=FORWARD.piece,
+            num_warps=FORWARD.num_warps if tile == FORWARD.tile else 4,
+            num_stages=FORWARD.num_stages,
+            **sizes_of((), scale, heads, width),
         )
-        firsts = cut_tiles(step_lengths, BACKWARD_KEYS.tile)
-        value_sums = level_BnL.new_empty(batch, len(firsts) - 1, heads * width)
-        _varcli_attend_backward_keys[(len(firsts) - 1, heads, batch)](
-            q_BLnd,
-            k_BLnd,
-            v_BLnd,
-            grad_out_BLnd,
-            level_BnL,
-            along,
-            k_inverse_BLn,
-            grad_qkv,
-            value_sums,
-            FIRSTS=firsts,
-            QUERIES=BACKWARD_KEYS.piece,
-            KEYS=BACKWARD_KEYS.tile,
-            num_warps=BACKWARD_KEYS.num_warps,
-            num_stages=BACKWARD_KEYS.num_stages,
-            **sizes,
-        )
-    bias_sums = torch.stack((query_sums.sum(dim=(0, 1)), value_sums.sum(dim=(0, 1))))
-    return grad_qkv, bias_sums, scale_sums.sum(dim=(0, 1))
+    return out
 
 
-def _sizes(step_lengths: tuple[int, ...], scale: float, heads: int, width: int) -> dict[str, object]:
+def sizes_of(step_lengths: tuple[int, ...], scale: float, heads: int, width: int) -> dict[str, object]:
+    """Constants that all of these kernels take."""
     ends = tuple(sum(step_lengths[: step + 1]) for step in range(len(step_lengths)))
     return {
         "ENDS": ends,

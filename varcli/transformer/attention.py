@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varcli.kernels.attention import attend, is_served
+from varcli.kernels.attention import attend, attend_step, is_served
 from varcli.kernels.fp8 import Rounded, fp8_product, round_rows
 from varcli.kernels.fp8_rows import Rows, plain_rows, rows_product, to_rows
 from varcli.kernels.qk import normalize_into, normalized_steps
@@ -146,7 +146,7 @@ class SelfAttention(nn.Module):
             self.softmax_scale = 1.0
         self.proj = BlockLinear(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
-        self.is_fused = False  # attention of all steps in one kernel, where it is served
+        self.is_fused = False  # attention in a kernel of `varcli.kernels`, where it is served
 
     def project(self, x_BlC: Tensor | Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, (B, n, l, d) each. x: see `product`."""
@@ -165,7 +165,7 @@ class SelfAttention(nn.Module):
             x_BLC = x_BLC.whole if isinstance(x_BLC, Rounded) else x_BLC
             return attend_by_step(*self.project(x_BLC), step_lengths, self.softmax_scale)
         qkv, learned = product(self.qkv, x_BLC), (self.q_bias, self.v_bias, self.log_scale)
-        if self.is_fused and is_served(qkv.dtype, qkv.shape[2] // (3 * self.num_heads)):
+        if self._is_served(qkv):
             return attend(qkv, *learned, _MAX_LOG_SCALE, step_lengths, self.softmax_scale)
         return _attend(normalized_steps(qkv, *learned, _MAX_LOG_SCALE, step_lengths), self.softmax_scale)
 
@@ -179,7 +179,13 @@ class SelfAttention(nn.Module):
             qkv, learned = product(self.qkv, x_BlC), (self.q_bias, self.v_bias, self.log_scale)
             length = qkv.shape[1]
             q = normalize_into(qkv, *learned, _MAX_LOG_SCALE, *cache.place(start, length))
+            if self._is_served(qkv):
+                return attend_step(q, *cache.until(start + length), self.softmax_scale)
         return attend_by_step(q, *cache.until(start + length), (length,), self.softmax_scale)
+
+    def _is_served(self, qkv_BlC: Tensor) -> bool:
+        """Whether attention is to come after this product in one kernel."""
+        return self.is_fused and is_served(qkv_BlC.dtype, qkv_BlC.shape[2] // (3 * self.num_heads))
 
     def join(self, y_BlC: Tensor) -> Tensor:
         """Mix what the heads saw."""
