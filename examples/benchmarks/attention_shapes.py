@@ -1,4 +1,4 @@
-"""Time the fused attention kernels in every shape that may be good, beside an attention a step by torch's own kernels.
+"""Time the fused attention kernels in the shapes that may be good, beside an attention a step by torch's own kernels.
 
     python3 examples/benchmarks/attention_shapes.py            the layer of depth 16 at 256 px, 96 images; needs a CUDA GPU
 
@@ -8,7 +8,6 @@ Prints milliseconds of one layer and the rate of the arithmetic that counts, tha
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 
@@ -26,7 +25,10 @@ from varcli.scales import PatchNums
 
 BATCH, HEADS, WIDTH, CAP = 96, 16, 64, math.log(100)
 LENGTHS = PatchNums.parse("256").step_lengths
-SHAPES = [Shape(*shape) for shape in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))]
+FORWARD = ((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2))
+QUERY_TILES = ((64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3))
+KEY_TILES = ((64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3))
+"""Tokens of a tile, of the other side at a time, warps, loads under way: what fits a multiprocessor of an H100 twice or more."""
 
 
 def main() -> None:
@@ -50,16 +52,21 @@ def main() -> None:
     show("a step at a time, backward, normalisation too", 5, lambda: out.backward(grad, retain_graph=True))
     with torch.no_grad():
         q, k, v, *inverses = qk_triton.launch_forward(qkv, *biases, log_scale, CAP)
-        for room, kernel in ((forward, "FORWARD"), (backward, "QUERY_TILES"), (backward, "KEY_TILES")):
+        trials = (
+            (forward, "FORWARD", FORWARD),
+            (backward, "QUERY_TILES", QUERY_TILES),
+            (backward, "KEY_TILES", KEY_TILES),
+        )
+        for room, kernel, shapes in trials:
             usual = getattr(room, kernel)
-            for shape in SHAPES:
-                setattr(room, kernel, shape)
+            for shape in shapes:
+                setattr(room, kernel, Shape(*shape))
                 kept = forward.launch_forward(q, k, v, LENGTHS, 1.0)
                 if kernel == "FORWARD":
-                    show(f"{kernel} {tuple(shape)}", 2, forward.launch_forward, q, k, v, LENGTHS, 1.0)
+                    show(f"{kernel} {shape}", 2, forward.launch_forward, q, k, v, LENGTHS, 1.0)
                 else:
                     given = (grad, q, k, v, *kept, *inverses, log_scale, CAP, LENGTHS, 1.0)
-                    show(f"{kernel} {tuple(shape)}", 5, backward.launch_backward, *given)
+                    show(f"{kernel} {shape}", 5, backward.launch_backward, *given)
             setattr(room, kernel, usual)
 
 

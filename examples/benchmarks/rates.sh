@@ -19,9 +19,20 @@ train() {  # depth, batch
   bench train --depth "$1" --batch-size "$2" --compile --kernels triton --json
 }
 
-sample() {  # depth
-  bench sample --depth "$1" --batch-size 1 --batch-size 64 --compile --json
-  bench sample --depth "$1" --batch-size 8 --batch-size 256 --compile --json
+fused() {  # depth, batch
+  bench train --depth "$1" --batch-size "$2" --compile --kernels triton --kernels fused --json
+  bench train --depth "$1" --batch-size "$2" --compile --kernels triton --kernels fused --fp8 --json
+}
+
+sample() {  # depth, further options
+  bench sample --depth "$1" --batch-size 1 --batch-size 64 --compile "${@:2}" --json
+  bench sample --depth "$1" --batch-size 8 --batch-size 256 --compile "${@:2}" --json
+}
+
+scaling() {  # processes
+  echo "varcli bench train, $1 processes" >&2
+  timeout "$LIMIT" "$PYTHON" -m torch.distributed.run --nproc-per-node "$1" -m varcli bench train --depth 16 --batch-size 96 \
+    --compile --parallel ddp --parallel fsdp --profile --json >> "$OUT" || echo "  ended with $?" >&2
 }
 
 [ $# -gt 0 ] || set -- help
@@ -31,8 +42,17 @@ for group in "$@"; do
     train-20) train 20 64 ;;
     train-24) train 24 32 ;;
     train-30) train 30 16 ;;
+    fused-16) fused 16 96 ;;
+    fused-20) fused 20 64 ;;
+    fused-24) fused 24 32 ;;
+    fused-30) fused 30 24 ;;
     sample-16) sample 16 ;;
     sample-30) sample 30 ;;
+    sample-16-fp8) sample 16 --fp8 ;;
+    sample-30-fp8) sample 30 --fp8 ;;
+    sample-16-fused) sample 16 --kernels fused ;;
+    scaling-2) scaling 2 ;;
+    scaling-8) scaling 8 ;;
     tokenize)
       bench tokenize --precision fp16 --batch-size 128 --compile --json
       bench tokenize --precision fp32 --batch-size 64 --json
@@ -45,7 +65,7 @@ for group in "$@"; do
       bench sample --depth 16 --batch-size 64 --compile --profile
       ;;
     *)
-      echo "groups: train-16 train-20 train-24 train-30 sample-16 sample-30 tokenize profile" >&2
+      sed -n 's/^    \([a-z0-9-]*\)).*/\1/p' "$0" | paste -sd " " | sed "s/^/groups: /" >&2
       exit 2
       ;;
   esac
