@@ -28,7 +28,7 @@ LENGTHS = PatchNums.parse("256").step_lengths
 FORWARD = ((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2))
 QUERY_TILES = ((64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3))
 KEY_TILES = ((64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3))
-"""Tokens of a tile, of the other side at a time, warps, loads under way: what fits a multiprocessor of an H100 twice or more."""
+"""Tokens of a tile, of the other side at a time, warps, loads under way: what fits an H100 multiprocessor twice or more."""
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from varcli.bench.profile import profile_kernels
 from varcli.bench.result import BenchResult, Measurement
 from varcli.bench.sampling import TRANSFORMER, sampling_stage
 from varcli.bench.tokenizer_training import tokenizer_training_stage
-from varcli.devices import precision_name, resolve_device, resolve_precision
+from varcli.devices import is_out_of_memory, precision_name, resolve_device, resolve_precision
 from varcli.distributed import ALONE, World
 from varcli.distributed.parallelize import parallelize
 from varcli.errors import ConfigError, MemoryLimitError, unknown_name
@@ -94,7 +94,9 @@ def run_bench(
                 ]
                 if together.size > 1:
                     measurements = [_beside_alone(entry, found, exchange_rate) for entry in measurements]
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             if world.size > 1:  # the others wait for this one
                 raise MemoryLimitError(f"{message}: too little memory", "use a smaller --batch-size") from None
             on_step(Step(done, len(jobs), unit="measurements", message=f"{message}: too little memory"))

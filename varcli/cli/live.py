@@ -290,11 +290,13 @@ def _measure_peak(device: torch.device, precision: str) -> float | None:
     import torch
 
     from varcli.bench.calibrate import measure_matmul
-    from varcli.devices import PRECISIONS
+    from varcli.devices import PRECISIONS, is_out_of_memory
 
     try:
         return measure_matmul(device, PRECISIONS[precision])
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         return None
     finally:
         torch.cuda.empty_cache()
