@@ -106,7 +106,7 @@ def run_training(
     """
     loop = _Loop(trainer, run, config, on_step if run.world.is_first else ignore, dict(info or {}), on_validation)
     try:
-        with StopRequest() as stop, memory_limits(trainer, run.world):
+        with StopRequest(loop._report) as stop, memory_limits(trainer, run.world):
             return loop.run(stop)
     finally:
         loop.close()
