@@ -84,6 +84,8 @@ def test_another_kind_a_newer_format_and_no_manifest_are_told_apart(folder):
     assert "upgrade" in caught.value.hint
     with pytest.raises(ArtifactError, match="does not exist"):
         read_manifest(folder / "nowhere")
+    with pytest.raises(ArtifactError, match="it is a file"):
+        read_manifest(folder / "manifest.json", "codes")
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "a\x00b", "x" * 200])

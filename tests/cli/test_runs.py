@@ -57,6 +57,12 @@ def test_one_run_is_a_list_of_one(place):
     assert [line.split()[0] for line in result.stdout.splitlines()[2:]] == ["runs/first"]
 
 
+def test_curves_find_a_run_by_its_name_as_well(place):
+    result = runner.invoke(app, ["curves", "first", "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == {"curves": "runs/first/curves.png"}
+
+
 def test_two_runs_are_compared(place):
     result = runner.invoke(app, ["runs", "first", "runs/second", "--over", "hours", "--out", "both.png"])
     assert result.exit_code == 0, result.stderr

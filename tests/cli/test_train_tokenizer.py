@@ -51,10 +51,10 @@ def test_curves_that_cannot_be_drawn_do_not_cost_the_run(tiny_images, tmp_path, 
     assert json.loads(result.stdout)["steps"] == 4
 
 
-@pytest.mark.parametrize("where", ["gone", "."])
-def test_curves_of_what_is_no_run_are_refused(where, tmp_path):
+@pytest.mark.parametrize("where, said", [("gone", "unknown run or folder"), (".", "metrics.jsonl")])
+def test_curves_of_what_is_no_run_are_refused(where, said, tmp_path):
     result = runner.invoke(app, ["curves", str(tmp_path / where)])
-    assert result.exit_code == 1 and "metrics.jsonl" in result.stderr
+    assert result.exit_code == 1 and said in result.stderr
 
 
 def test_a_size_chooses_the_architecture_and_small_images_are_enlarged_with_a_word(tiny_images, tmp_path):

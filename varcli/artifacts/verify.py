@@ -99,7 +99,8 @@ def read_manifest(folder: Path, kind: str | None = None) -> Manifest:
         wanted = f"a finished {kind} folder" if kind else "a finished varcli folder"
         maker = _MAKERS.get(kind or "")
         if not folder.is_dir():
-            raise ArtifactError(f"`{folder}` is not {wanted}: it does not exist", maker and f"make it with `{maker}`")
+            what = "it is a file" if folder.exists() else "it does not exist"
+            raise ArtifactError(f"`{folder}` is not {wanted}: {what}", maker and f"make it with `{maker}`")
         if kind and unfinished_kind(folder):
             read_plan(folder, kind)  # raises if it is of another kind
         again = f"`{maker}`" if maker else "the command that makes it"

@@ -12,14 +12,17 @@ from varcli.cli.options import JsonOption
 
 
 def curves(
-    run: Annotated[Path, Argument(help="Run folder of varcli train or varcli train-tokenizer.")],
+    run: Annotated[
+        Path, Argument(help="Run of varcli train or varcli train-tokenizer, by its folder or its name in runs/.")
+    ],
     out: Annotated[
         Path | None, Option("--out", "-o", help="PNG to write; default: curves.png in the run.", show_default=False)
     ] = None,
     json: JsonOption = False,
 ) -> None:
     """Draw losses, quality and codebook usage of a run over its steps, from its log, also while it runs."""
+    from varcli.data.runs import resolve_run
     from varcli.report.curves import draw_curves
 
-    path = draw_curves(run, out)
+    path = draw_curves(resolve_run(run), out)
     console.report({"curves": str(path)}, json, str(path))
