@@ -9,8 +9,8 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import InductorError
 
-from varcli.devices import is_out_of_memory, try_compiled
-from varcli.errors import ConfigError
+from varcli.devices import try_compiled
+from varcli.errors import ConfigError, is_out_of_memory
 
 
 class CompilationError(Exception):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
-from varcli.errors import ConfigError, VarcliError, unknown_name
+from varcli.errors import ConfigError, VarcliError, is_out_of_memory, unknown_name, with_causes
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what torch's, Triton's and NCCL's errors say that have no class of their own for it
-_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED")
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -70,15 +68,6 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype=dtype)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error, or one that it wraps, is about memory that ran out: the device's or the machine's."""
-    return any(
-        isinstance(one, MemoryError | torch.OutOfMemoryError)
-        or (isinstance(one, RuntimeError) and _NO_MEMORY.search(str(one)))
-        for one in _with_causes(error)
-    )
-
-
 def try_compiled(
     work: Callable[[], object], uncompile: Callable[[], object], tell: Callable[[str], object], *, is_optional: bool
 ) -> bool:
@@ -103,16 +92,9 @@ def try_compiled(
     return False
 
 
-def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what it came from, as torch's compiler or Python's `from` keeps it."""
-    while error is not None:
-        yield error
-        error = getattr(error, "inner_exception", None) or error.__cause__
-
-
 def _reason(error: BaseException) -> str:
     """Say in one line what went wrong at first; a line that ends in a colon only announces what comes last."""
-    *_, first = _with_causes(error)
+    *_, first = with_causes(error)
     lines = [line.strip() for line in str(first).splitlines() if line.strip()] or [type(first).__name__]
     line = lines[-1] if lines[0].endswith(":") else lines[0]
     return line if type(first) is RuntimeError else f"{type(first).__name__}: {line}"

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+import re
+from collections.abc import Iterable, Iterator
+
+_NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|_ALLOC_FAILED", re.I
+)
 
 
 class VarcliError(Exception):
@@ -80,6 +86,24 @@ class InterruptedRun(VarcliError):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does; raised in the main thread wherever it is, and nobody's to mend."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error, or one that it wraps, is about memory that ran out: the device's or the machine's."""
+    return any(
+        {"MemoryError", "OutOfMemoryError"}
+        & {cls.__name__ for cls in type(one).__mro__}  # torch's by name, without torch
+        or (isinstance(one, RuntimeError) and _NO_MEMORY.search(str(one)))
+        or (isinstance(one, OSError) and one.errno == errno.ENOMEM)
+        for one in with_causes(error)
+    )
+
+
+def with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what it came from, as torch's compiler or Python's `from` keeps it."""
+    while error is not None:
+        yield error
+        error = getattr(error, "inner_exception", None) or error.__cause__
 
 
 def closest_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -19,7 +19,7 @@ from varcli.bench.calibrate import measure_matmul, median_seconds
 from varcli.kernels import attention_backward_triton as backward
 from varcli.kernels import attention_triton as forward
 from varcli.kernels import qk_triton
-from varcli.kernels.attention_triton import Shape
+from varcli.kernels.attention_triton import Tiling
 from varcli.kernels.qk import Step, normalized_steps
 from varcli.scales import PatchNums
 
@@ -45,11 +45,16 @@ def main() -> None:
     qkv = torch.randn(BATCH, sum(LENGTHS), 3 * HEADS * WIDTH, device=device, dtype=torch.bfloat16)
     biases = torch.zeros(2, HEADS * WIDTH, device=device)
     log_scale = torch.full((1, HEADS, 1, 1), math.log(4), device=device)
-    steps = normalized_steps(*(part.requires_grad_() for part in (qkv, *biases.unbind(), log_scale)), CAP, LENGTHS)
+    given = [part.requires_grad_() for part in (qkv, *biases.unbind(), log_scale)]
+    steps = normalized_steps(*given, CAP, LENGTHS)
     out = attend(steps)
     grad = torch.randn_like(out)
     show("a step at a time, forward", 2, attend, steps)
-    show("a step at a time, backward, normalisation too", 5, lambda: out.backward(grad, retain_graph=True))
+    show(
+        "a step at a time, backward, normalisation too",
+        5,
+        lambda: torch.autograd.grad(out, given, grad, retain_graph=True),
+    )
     with torch.no_grad():
         q, k, v, *inverses = qk_triton.launch_forward(qkv, *biases, log_scale, CAP)
         trials = (
@@ -60,13 +65,13 @@ def main() -> None:
         for room, kernel, shapes in trials:
             usual = getattr(room, kernel)
             for shape in shapes:
-                setattr(room, kernel, Shape(*shape))
+                setattr(room, kernel, Tiling(*shape))
                 kept = forward.launch_forward(q, k, v, LENGTHS, 1.0)
                 if kernel == "FORWARD":
                     show(f"{kernel} {shape}", 2, forward.launch_forward, q, k, v, LENGTHS, 1.0)
                 else:
-                    given = (grad, q, k, v, *kept, *inverses, log_scale, CAP, LENGTHS, 1.0)
-                    show(f"{kernel} {shape}", 5, backward.launch_backward, *given)
+                    passed = (grad, q, k, v, *kept, *inverses, log_scale, CAP, LENGTHS, 1.0)
+                    show(f"{kernel} {shape}", 5, backward.launch_backward, *passed)
             setattr(room, kernel, usual)
 
 

@@ -11,7 +11,7 @@ OUT=${OUT:-rates.jsonl} LIMIT=${LIMIT:-300} PYTHON=${PYTHON:-python3}
 
 bench() {
   echo "varcli bench $*" >&2
-  timeout "$LIMIT" "$PYTHON" -m varcli bench "$@" >> "$OUT" || echo "  ended with $?" >&2
+  timeout -k 10 "$LIMIT" "$PYTHON" -m varcli bench "$@" >> "$OUT" || echo "  ended with $?" >&2
 }
 
 train() {  # depth, batch
@@ -31,7 +31,7 @@ sample() {  # depth, further options
 
 scaling() {  # processes
   echo "varcli bench train, $1 processes" >&2
-  timeout "$LIMIT" "$PYTHON" -m torch.distributed.run --nproc-per-node "$1" -m varcli bench train --depth 16 --batch-size 96 \
+  timeout -k 10 "$LIMIT" "$PYTHON" -m torch.distributed.run --nproc-per-node "$1" -m varcli bench train --depth 16 --batch-size 96 \
     --compile --parallel ddp --parallel fsdp --profile --json >> "$OUT" || echo "  ended with $?" >&2
 }
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from ranks import run_ranks
+from typer.testing import CliRunner
 
 from varcli.bench.config import BenchConfig
 from varcli.bench.stages import run_bench
-from varcli.distributed import World
+from varcli.cli.app import app
+from varcli.distributed import ALONE, World
 from varcli.errors import ConfigError
 
 TOGETHER = """
@@ -44,8 +47,20 @@ def test_processes_train_for_themselves_and_then_together():
         assert entry["details"]["exchange_gb_per_second"] > 0
 
 
-def test_what_processes_do_not_do_together_is_refused():
-    with pytest.raises(ConfigError, match="sample"):
-        run_bench("sample", world=World(0, 2, 2))
-    with pytest.raises(ConfigError, match="parallel mode `zero`"):
-        BenchConfig(parallel=("zero",))
+def test_what_cannot_be_is_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr("varcli.bench.stages.measure_ceiling", lambda *_: pytest.fail("something was measured"))
+    two = World(0, 2, 2)
+    for modes, world, said in (
+        (("zero",), two, "parallel mode `zero`"),
+        (("hsdp",), two, "hosts"),
+        (("ddp",), ALONE, "one"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            run_bench("train", BenchConfig(parallel=modes, device="cpu"), world=world)
+
+
+def test_processes_of_another_stage_are_refused(monkeypatch):
+    monkeypatch.setattr("varcli.distributed.join_world", lambda device: nullcontext((World(0, 2, 2), "cpu")))
+    for stage in ("sample", "eval"):
+        told = CliRunner().invoke(app, ["bench", stage])
+        assert told.exit_code == 1 and "stage train" in told.stderr

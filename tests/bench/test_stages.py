@@ -64,10 +64,10 @@ def test_what_was_measured_is_told_at_once_and_too_little_memory_costs_that_job_
     config = BenchConfig(depth=1, scales="1,2", tokenizer_width=32, batch_sizes=(1, 2, 3), repeats=1, device="cpu")
     measure, messages, told = stages._measure, [], []
 
-    def full(name, size, *rest):
-        if size == 2:
+    def full(job, *rest):
+        if job.size == 2:
             raise torch.OutOfMemoryError
-        return measure(name, size, *rest)
+        return measure(job, *rest)
 
     monkeypatch.setattr(stages, "_measure", full)
     result = run_bench("train", config, lambda step: messages.append(step.message), told.append)

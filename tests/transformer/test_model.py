@@ -241,6 +241,19 @@ def test_attention_of_all_steps_at_once_gives_what_steps_one_by_one_do(lively_tr
     assert 0 < fused < 1.2 * stepwise < 0.02 and fused != stepwise
 
 
+@torch.no_grad()
+def test_steps_over_a_cache_see_what_all_steps_at_once_do(lively_transformer, features):
+    changes = {"width": 64, "num_heads": 2, "init_adaln_gamma": 0.5}
+    model = Transformer(TransformerConfig(**{**vars(lively_transformer.config), **changes})).eval()
+    model.kernels = "fused"
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = model.start_cache(LABELS)
+        steps = [model.step(x_BlZ, cache) for x_BlZ in (None, features[:, :4], features[:, 4:])]
+        torch.testing.assert_close(
+            torch.cat(steps, dim=1).float(), model(LABELS, features).float(), atol=0.02, rtol=0.02
+        )
+
+
 @pytest.mark.parametrize("kernels", ["torch", "triton", "fused"])
 def test_parts_compiled_alone_give_the_same_and_one_block_is_compiled_for_all(lively_transformer, features, kernels):
     changes = {"depth": 6, "init_adaln_gamma": 0.5, "width": 64, "num_heads": 2}

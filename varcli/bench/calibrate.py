@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from varcli.distributed import World
+from varcli.distributed.context import exchange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,12 @@ def measure_exchange(world: World, device: torch.device) -> float:
 
     Every process must call it.
     """
-    own = torch.ones(2**26 if device.type == "cuda" else 2**22, device=device)
-    seconds = median_seconds(lambda: world.sum(own), device, repeats=10)
-    return own.nbytes / world.gather(torch.tensor([seconds])).max().item() / 1e9
+    own = torch.zeros(2**26 if device.type == "cuda" else 2**22, device=device)
+    with exchange():
+        seconds = median_seconds(lambda: dist.all_reduce(own), device, repeats=10)
+    return own.nbytes / slowest(seconds, world) / 1e9
+
+
+def slowest(seconds: float, world: World) -> float:
+    """Return the longest of all processes' times."""
+    return world.gather(torch.tensor([seconds])).max().item()

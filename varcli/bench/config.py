@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from varcli import config as configs
-from varcli.distributed.parallelize import MODES
-from varcli.errors import ConfigError, unknown_name
+from varcli.errors import ConfigError
 from varcli.scales import PatchNums
 from varcli.tokenizer import TokenizerConfig
 from varcli.training.tokenizer_settings import TokenizerTrainConfig
@@ -29,8 +28,9 @@ class BenchConfig:
     precision: str = "auto"  # auto, fp32, bf16 or fp16
     compile: bool = False  # torch.compile what runs often
     kernels: tuple[str, ...] = ("auto",)  # train, sample: auto, torch, triton or fused, one measurement each
-    # train in several processes: ddp, fsdp or hsdp, one measurement each, after one of each process for itself
-    parallel: tuple[str, ...] = ("ddp",)
+    # train in several processes: ddp, fsdp or hsdp, one measurement each, after one of each process
+    # for itself; none is ddp
+    parallel: tuple[str, ...] = ()
     fp8: bool = False  # train, sample: the blocks' large products in FP8
     profile: bool = False  # also where the time goes, kernel by kernel
     repeats: int = 5  # timed runs, of which the median counts
@@ -47,9 +47,6 @@ class BenchConfig:
             raise ConfigError("batch_sizes must hold one size or more")
         if not self.kernels:
             raise ConfigError("kernels must be at least one of auto, torch, triton, fused")
-        for mode in self.parallel:
-            if mode not in MODES:
-                raise unknown_name("parallel mode", mode, MODES)
         if self.num_files < 2 or (self.workers is not None and self.workers < 0):
             raise ConfigError("tokenize-files needs two files or more, and 0 or more workers")
 

@@ -30,9 +30,8 @@ FILES = "tokenize-files"
 """The stage's name."""
 
 _SIZE = (500, 400)  # pixels, as most photographs of ImageNet
-_STEADY_FROM = (
-    8  # batches after the first; of fewer, two that come at once because both waited change the rate by a quarter
-)
+# batches after the first; of fewer, two that come at once because both waited change the rate by a quarter
+_STEADY_FROM = 8
 
 
 def measure_files(

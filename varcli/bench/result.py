@@ -21,14 +21,14 @@ class Measurement:
     batch_size: int  # images at once, of each process
     milliseconds: float  # of a whole batch: the median, or where batches overlap the mean
     images_per_second: float  # batch size over that, of all processes together
-    tflops: float  # 1e12 operations of the arithmetic a second; 0 where nothing is multiplied
+    tflops: float  # of one process: 1e12 operations of the arithmetic a second; 0 where nothing is multiplied
     # of the rate of a large matrix product on the same device in the same run, which is never FP8's
     share_of_matmul: float
-    peak_gib: float | None  # GPU memory; None elsewhere
+    peak_gib: float | None  # GPU memory of the first process; None elsewhere
     precision: str  # fp32, bf16 or fp16
     is_compiled: bool  # whether torch.compile was at work
     kernels: str | None = None  # train, and sample where it was asked for: torch, triton or fused
-    processes: int = 1  # that shared the work, each with a device of its own
+    processes: int = 1  # that shared the work
     parallel: str | None = None  # how they did: ddp, fsdp or hsdp
     is_fp8: bool = False  # whether the blocks' large products were in FP8
     model: dict[str, Any] = field(default_factory=dict)  # what ran: its sizes

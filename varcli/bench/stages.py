@@ -5,13 +5,14 @@ Rates do not depend on the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from varcli.bench.calibrate import Ceiling, measure_ceiling, measure_exchange, median_seconds
+from varcli.bench.calibrate import Ceiling, measure_ceiling, measure_exchange, median_seconds, slowest
 from varcli.bench.config import BenchConfig
 from varcli.bench.counting import encoding_flops
 from varcli.bench.files import FILES, measure_files
@@ -19,11 +20,12 @@ from varcli.bench.profile import profile_kernels
 from varcli.bench.result import BenchResult, Measurement
 from varcli.bench.sampling import TRANSFORMER, sampling_stage
 from varcli.bench.tokenizer_training import tokenizer_training_stage
-from varcli.devices import is_out_of_memory, precision_name, resolve_device, resolve_precision
+from varcli.devices import precision_name, resolve_device, resolve_precision
 from varcli.distributed import ALONE, World
-from varcli.distributed.parallelize import parallelize
-from varcli.errors import ConfigError, MemoryLimitError, unknown_name
+from varcli.distributed.parallelize import parallelize, require_mode
+from varcli.errors import ConfigError, MemoryLimitError, is_out_of_memory, unknown_name
 from varcli.kernels import resolve_kernels
+from varcli.kernels.attention import require_served
 from varcli.kernels.fp8 import require_fp8
 from varcli.order import ScaleOrder
 from varcli.progress import OnStep, Step, ignore
@@ -51,64 +53,92 @@ def run_bench(
 
     on_result: told what each job came to as soon as it is done. A job for which there is too little memory is told to
     `on_step` and left out; MemoryLimitError if that is every one. world: processes that train together, each of which must
-    call this alike; first each trains a model for itself, which the rest is compared with. Too little memory then ends all.
+    call this alike with stage train; first each trains a model for itself, which the rest is compared with. Too little
+    memory then ends all.
     """
     config = config or BenchConfig()
     if stage not in ("all", FILES, *STAGES):
         raise unknown_name("stage", stage, [*STAGES, FILES, "all"])
-    if world.size > 1 and stage != "train":
-        raise ConfigError(f"processes work together at stage train, not at {stage}", "start it without torchrun")
     device = resolve_device(config.device)
     dtype = resolve_precision(config.precision, device)
     names = list(ALL) if stage == "all" else [stage]
     is_fp8 = config.fp8 and not _IN_FP8.isdisjoint(names)
     if is_fp8:
         require_fp8(device, dtype, config.transformer.width, config.transformer.hidden_width)
+    jobs = _jobs(names, config, device, dtype, world)
     ceiling = measure_ceiling(device, dtype)
     exchange_rate = measure_exchange(world, device) if world.size > 1 else 0.0
-    choices = [(kernels, resolve_kernels(kernels, device)) for kernels in config.kernels]
-    ways: dict[str, list[dict[str, str | None]]] = {
-        "train": [
-            {"kernels": resolved, "parallel": mode}
-            for _, resolved in choices
-            for mode in ((None, *config.parallel) if world.size > 1 else (None,))
-        ],
-        # what a generator takes by itself depends on its precision
-        "sample": [{"kernels": None if kernels == "auto" else resolved} for kernels, resolved in choices],
-    }
-    jobs = [(name, size, way) for name in names for size in config.batch_sizes for way in ways.get(name, [{}])]
     found: list[Measurement] = []
-    for done, (name, size, way) in enumerate(jobs):
-        message = ", ".join([f"{name}, batch {size}", *filter(None, way.values())])
-        on_step(Step(done, len(jobs), unit="measurements", message=message))
-        chosen = replace(config, kernels=(way.get("kernels") or "auto",), parallel=(way.get("parallel") or "ddp",))
-        together = world if way.get("parallel") else ALONE
+    for done, job in enumerate(jobs):
+        on_step(Step(done, len(jobs), unit="measurements", message=job.name))
         measurements: list[Measurement] | None = None
         try:
-            if name == FILES:
-                measurements = measure_files(size, chosen, device, dtype, ceiling, on_step)
+            if job.stage == FILES:
+                measurements = measure_files(job.size, job.config, device, dtype, ceiling, on_step)
             else:
                 measurements = [
-                    replace(measurement, **way, is_fp8=is_fp8 and measurement.stage in _IN_FP8)
-                    for measurement in _measure(name, size, chosen, device, dtype, ceiling, together)
+                    replace(entry, kernels=job.kernels, parallel=job.parallel, is_fp8=is_fp8 and entry.stage in _IN_FP8)
+                    for entry in _measure(job, device, dtype, ceiling, world)
                 ]
-                if together.size > 1:
+                if job.parallel:
                     measurements = [_beside_alone(entry, found, exchange_rate) for entry in measurements]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if world.size > 1:  # the others wait for this one
-                raise MemoryLimitError(f"{message}: too little memory", "use a smaller --batch-size") from None
-            on_step(Step(done, len(jobs), unit="measurements", message=f"{message}: too little memory"))
-        if measurements is None:
-            torch.cuda.empty_cache()  # only now is what the job held free
-            continue
-        on_result(BenchResult(ceiling=ceiling, measurements=tuple(measurements)))
-        found += measurements
+                raise MemoryLimitError(f"{job.name}: too little memory", "use a smaller --batch-size") from None
+            on_step(Step(done, len(jobs), unit="measurements", message=f"{job.name}: too little memory"))
+        gc.collect()  # compiled parts and the model they are parts of hold each other
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if measurements is not None:
+            on_result(BenchResult(ceiling=ceiling, measurements=tuple(measurements)))
+            found += measurements
     on_step(Step(len(jobs), len(jobs), unit="measurements"))
     if not found:
         raise MemoryLimitError("there is too little memory for any of the measurements", "use a smaller --batch-size")
     return BenchResult(ceiling=ceiling, measurements=tuple(found))
+
+
+class _Job(NamedTuple):
+    """What is measured at once: a stage at one batch size in one way."""
+
+    stage: str
+    size: int
+    config: BenchConfig  # with the kernels below alone
+    kernels: str | None = None  # None: what the stage takes by itself
+    parallel: str | None = None  # None: each process for itself
+
+    @property
+    def name(self) -> str:
+        """The same for people."""
+        return ", ".join(filter(None, (f"{self.stage}, batch {self.size}", self.kernels, self.parallel)))
+
+
+def _jobs(
+    names: Sequence[str], config: BenchConfig, device: torch.device, dtype: torch.dtype, world: World
+) -> list[_Job]:
+    """Return all that is to be measured. Raises ConfigError for ways that cannot be."""
+    choices = [(given, resolve_kernels(given, device)) for given in config.kernels]
+    if "fused" in config.kernels:
+        require_served(dtype, config.transformer.head_width, config.transformer.qk_norm)
+    if config.parallel and world.size == 1:
+        raise ConfigError("parallel is a way of several processes, but there is one", "start it with torchrun")
+    modes = config.parallel or ("ddp",)
+    for mode in modes:
+        require_mode(mode, world)
+    shared: tuple[str | None, ...] = (None, *modes) if world.size > 1 else (None,)
+    ways: dict[str, list[tuple[str | None, str | None]]] = {
+        "train": [(kernels, parallel) for _, kernels in choices for parallel in shared],
+        # what a generator takes by itself depends on its precision
+        "sample": [(None if given == "auto" else kernels, None) for given, kernels in choices],
+    }
+    return [
+        _Job(name, size, replace(config, kernels=(kernels or "auto",)), kernels, parallel)
+        for name in names
+        for size in config.batch_sizes
+        for kernels, parallel in ways.get(name, [(None, None)])
+    ]
 
 
 def _beside_alone(entry: Measurement, found: list[Measurement], exchange_rate: float) -> Measurement:
@@ -122,18 +152,17 @@ def _beside_alone(entry: Measurement, found: list[Measurement], exchange_rate: f
     return replace(entry, details={**entry.details, "of_alone": share, "exchange_gb_per_second": exchange_rate})
 
 
-def _measure(
-    name: str, size: int, config: BenchConfig, device: torch.device, dtype: torch.dtype, ceiling: Ceiling, world: World
-) -> list[Measurement]:
+def _measure(job: _Job, device: torch.device, dtype: torch.dtype, ceiling: Ceiling, world: World) -> list[Measurement]:
+    name, size, config = job.stage, job.size, job.config
     torch.manual_seed(0)
     if config.compile:
         torch.compiler.reset()  # else the second batch size is compiled for all sizes, which is slower
     given = size, config, device, dtype
-    stage = _train(*given, world) if world.size > 1 else STAGES[name](*given)  # several processes only train
+    stage = _train(*given, world, job.parallel) if job.parallel else STAGES[name](*given)
     in_a_row = _IN_A_ROW if name == "train" and device.type == "cuda" else 1
     return [
         Measurement(
-            **_time_part(prepare, flops, size, config, device, ceiling, in_a_row, world),
+            **_time_part(prepare, flops, job, device, ceiling, in_a_row, world),
             stage=part,
             precision=precision_name(dtype),
             is_compiled=config.compile
@@ -147,31 +176,30 @@ def _measure(
 def _time_part(
     prepare: Callable[[], Callable[[], object]],
     flops: float,
-    size: int,
-    config: BenchConfig,
+    job: _Job,
     device: torch.device,
     ceiling: Ceiling,
     in_a_row: int,
     world: World,
 ) -> dict[str, Any]:
-    """Return the fields of a Measurement that are measured."""
-    on_cuda = device.type == "cuda"
+    """Return the fields of a Measurement that are measured; of several processes the slowest one's time counts."""
+    config, on_cuda = job.config, device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
     work = prepare()
-    own_seconds = median_seconds(work, device, config.repeats, in_a_row=in_a_row)
-    seconds = world.gather(torch.tensor([own_seconds])).max().item()
+    world.wait()
+    seconds = slowest(median_seconds(work, device, config.repeats, in_a_row=in_a_row), world)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_cuda else None
     profile = profile_kernels(work, device) if config.profile else ()
     del work
     if on_cuda:
         torch.cuda.empty_cache()
-    tflops = flops * size / seconds / 1e12
+    tflops, processes = flops * job.size / seconds / 1e12, world.size if job.parallel else 1
     return {
-        "batch_size": size,
+        "batch_size": job.size,
         "milliseconds": seconds * 1e3,
-        "images_per_second": world.size * size / seconds,
-        "processes": world.size,
+        "images_per_second": processes * job.size / seconds,
+        "processes": processes,
         "tflops": tflops,
         "share_of_matmul": tflops / ceiling.matmul_tflops,
         "peak_gib": peak,
@@ -193,7 +221,14 @@ def _tokenize(size: int, config: BenchConfig, device: torch.device, dtype: torch
     return {"tokenize": (lambda: lambda: encoder.encode(images), encoding_flops(config.tokenizer))}
 
 
-def _train(size: int, config: BenchConfig, device: torch.device, dtype: torch.dtype, world: World = ALONE) -> Stage:
+def _train(
+    size: int,
+    config: BenchConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    world: World = ALONE,
+    mode: str = "ddp",
+) -> Stage:
     """One optimizer step on codes that lie on the device, `size` of them in each process."""
     quantizer = MultiScaleQuantizer(config.tokenizer).to(device)
     with torch.device(device):  # where weights are drawn fastest
@@ -202,7 +237,7 @@ def _train(size: int, config: BenchConfig, device: torch.device, dtype: torch.dt
     model.kernels = resolve_kernels(config.kernels[0], device)
     if config.fp8:
         model.train_in_fp8()
-    parallel = parallelize(model, model.blocks, world, config.parallel[0], device, dtype)
+    parallel = parallelize(model, model.blocks, world, mode, device, dtype)
     objective = Objective(model, ScaleOrder(quantizer), device, dtype, parallel=parallel)
     if config.compile:
         objective.compile()

@@ -37,7 +37,7 @@ import typer
 from varcli import __version__
 from varcli.cli import console
 from varcli.cli.ranges import check_ranges, take_ranges
-from varcli.errors import VarcliError
+from varcli.errors import VarcliError, is_out_of_memory
 
 INTERNAL_ERROR, OUT_OF_MEMORY = 70, 8
 
@@ -117,7 +117,7 @@ def report_error(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return console.interrupted(error)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         console.error(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}",
             "use a smaller --batch-size, or --precision bf16 on a GPU",
@@ -144,12 +144,6 @@ def _describe_os_error(error: OSError) -> tuple[str, str | None]:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"cannot use{where}: {reason}", "change its permissions, or choose another path"
     return f"cannot use{where}: {reason}", None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # by name, since torch is not imported for commands that do without it
-    names = {cls.__name__ for cls in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
 
 
 def _discard_output() -> None:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _LONGEST = 25  # kernels of a profile that are shown
 _NAME_LENGTH = 90  # of a kernel, whose whole name may take several lines
 
-
 _PREDICTORS = ("train", "sample", "all")
 _MODELS = ("tokenize", "train", "sample", "all", "train-tokenizer", "tokenize-files")
 _FROM_FILES = ("tokenize-files", "eval")
@@ -116,11 +115,8 @@ def bench(
     from varcli.bench.files import FILES
     from varcli.bench.stages import STAGES
     from varcli.distributed import join_world
-    from varcli.errors import unknown_name
+    from varcli.errors import ConfigError, unknown_name
 
-    known = ["all", "eval", FILES, *STAGES]
-    if stage not in known:
-        raise unknown_name("stage", stage, known)
     options = {
         "--depth": depth,
         "--scales": scales,
@@ -140,13 +136,20 @@ def bench(
         "--precision": precision,
     }
     given = {name: value for name, value in options.items() if value is not None and value is not False and value != []}
-    _refuse_strangers(given, stage)
-    if stage == "eval":
-        _evaluation(count, size, workers, device, json)
-        return
-    values = collect_settings(config, settings, {})
-    fields = {_OPTIONS[name][0]: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    with join_world(device) as (world, own_device):
+    with join_world(device) as (world, own_device):  # whatever is wrong, one of the processes says so
+        known = ["all", "eval", FILES, *STAGES]
+        if stage not in known:
+            raise unknown_name("stage", stage, known)
+        _refuse_strangers(given, stage)
+        if world.size > 1 and stage != "train":
+            raise ConfigError(f"processes work together at stage train, not at {stage}", "start it without torchrun")
+        if stage == "eval":
+            _evaluation(count, size, workers, device, json)
+            return
+        values = collect_settings(config, settings, {})
+        fields = {
+            _OPTIONS[name][0]: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+        }
         resolved = BenchConfig(
             device=own_device, **{field: value for field, value in fields.items() if field is not None}
         )

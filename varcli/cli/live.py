@@ -290,7 +290,8 @@ def _measure_peak(device: torch.device, precision: str) -> float | None:
     import torch
 
     from varcli.bench.calibrate import measure_matmul
-    from varcli.devices import PRECISIONS, is_out_of_memory
+    from varcli.devices import PRECISIONS
+    from varcli.errors import is_out_of_memory
 
     try:
         return measure_matmul(device, PRECISIONS[precision])

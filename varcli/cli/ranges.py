@@ -40,7 +40,7 @@ class Range:
                 continue
             # said the other way round, so that "not a number" is out of range too
             if not ((self.low is None or number >= self.low) and (self.high is None or number <= self.high)):
-                default = ", which --help tells" if self.default is None else f" of {self.default}"
+                default = "" if self.default is None else f" of {self.default}"
                 raise ConfigError(
                     f"`{self.option}` must be {self}, but is {number}", f"leave it out for its default{default}"
                 )

@@ -247,5 +247,6 @@ def begun_with(out: Path) -> str | None:
     if (Path(out) / MANIFEST_NAME).exists():
         return str(read_manifest(Path(out), CODES_KIND).info["tokenizer"])
     if unfinished_kind(Path(out)) is not None:
-        return str(read_plan(Path(out), CODES_KIND).get("tokenizer"))
+        found = read_plan(Path(out), CODES_KIND).get("tokenizer")
+        return None if found is None else str(found)
     return None

@@ -21,9 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from varcli.devices import is_out_of_memory
 from varcli.distributed.pulse import Pulse
-from varcli.errors import ConfigError, LostProcessError
+from varcli.errors import ConfigError, LostProcessError, is_out_of_memory
 
 _TIMEOUT_MINUTES = "120"  # one process may decode, hash or compute alone for long while the others wait
 _EXCHANGE = re.compile(r"\b(gloo|nccl|connection (closed|reset)|timed out waiting)", re.IGNORECASE)

@@ -29,7 +29,9 @@ from varcli.errors import ConfigError, unknown_name
 MODES = ("ddp", "fsdp", "hsdp")
 """What several processes may do: each has a copy; each has a shard; each host has a copy, in shards."""
 
-_BUCKET_MB = 25  # of gradients that copies exchange at once
+_BUCKET_MB: int | None = (
+    None  # of gradients that copies exchange at once; None is 25, and 1 for the first, as torch has it
+)
 
 
 class Parallel:
@@ -141,20 +143,26 @@ def parallelize(
     the model's parameters are DTensors from now on. Every process must call this alike.
     Raises ConfigError for an unknown mode, and for hsdp without several hosts of equally many processes.
     """
-    if mode not in MODES:
-        raise unknown_name("parallel mode", mode, MODES)
+    require_mode(mode, world)
     if world.size == 1:
         return Parallel(model)
     if mode == "ddp":
         return Replicated(model)
-    copies, rest = divmod(world.size, world.local_size) if mode == "hsdp" else (1, 0)
-    if mode == "hsdp" and (copies < 2 or rest):
+    copies = world.size // world.local_size if mode == "hsdp" else 1
+    return Sharded(model, units, world, copies, device, dtype)
+
+
+def require_mode(mode: str, world: World) -> None:
+    """Raise ConfigError for an unknown mode, and for hsdp where several processes are not several hosts of equally many."""
+    if mode not in MODES:
+        raise unknown_name("parallel mode", mode, MODES)
+    copies, rest = divmod(world.size, world.local_size)
+    if mode == "hsdp" and world.size > 1 and (copies < 2 or rest):
         raise ConfigError(
             f"hsdp keeps a copy a host, but {world.size} processes with {world.local_size} on this host are not several "
             "hosts of equally many",
             "use --parallel fsdp or ddp",
         )
-    return Sharded(model, units, world, copies, device, dtype)
 
 
 def is_shard(tensor: Any) -> bool:

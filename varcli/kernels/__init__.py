@@ -17,7 +17,6 @@ KERNELS = ("torch", "triton", "fused")
 "fused" was not measured on a GPU yet, so "auto" does not take it.
 """
 
-
 _OLDEST_GPU = (8, 0)  # compute capability, of Triton's
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varcli.errors import ConfigError
 from varcli.kernels import qk  # noqa: F401  (its operators)
 from varcli.kernels.outputs import wide_dtype
 
@@ -22,6 +23,17 @@ _WIDTHS = (16, 32, 64, 128)  # of a head: what matrix units take
 def is_served(dtype: torch.dtype, head_width: int) -> bool:
     """Say whether `attend` and `attend_step` compute heads of this width in this dtype on CUDA."""
     return dtype in (torch.bfloat16, torch.float16) and head_width in _WIDTHS
+
+
+def require_served(dtype: torch.dtype, head_width: int, qk_norm: bool) -> None:
+    """Raise ConfigError where a transformer that asks for this attention would not get it."""
+    if not is_served(dtype, head_width) or not qk_norm:
+        widths = ", ".join(map(str, _WIDTHS))
+        raise ConfigError(
+            f"kernels `fused` compute bf16 and fp16, heads of {widths} channels and queries of unit length, but this is "
+            f"{str(dtype).removeprefix('torch.')}, {head_width} channels, qk_norm {str(qk_norm).lower()}",
+            "`auto` takes what runs here",
+        )
 
 
 def attend(
@@ -36,8 +48,10 @@ def attend(
     """Return what each token sees, (B, L, C), all heads beside one another, in the dtype of `qkv_BLC`.
 
     qkv_BLC: (B, L, 3C), a product without its bias. log_scale: one entry a head; queries are exp(min(log_scale, cap)) long,
-    keys 1 long. scale: of the softmax. Gradients of biases and log_scale are summed in float32.
+    keys 1 long. scale: of the softmax. Gradients of biases and log_scale are summed in float32. On CUDA for dtypes and head
+    widths of which `is_served` says so.
     """
+    assert sum(step_lengths) == qkv_BLC.shape[1], (step_lengths, qkv_BLC.shape)
     return _Attend.apply(qkv_BLC, q_bias_C, v_bias_C, log_scale, cap, tuple(step_lengths), scale)
 
 
@@ -45,7 +59,8 @@ def attend(
 def attend_step(q_Bnld: Tensor, k_BnLd: Tensor, v_BnLd: Tensor, scale: float) -> Tensor:
     """Return what the queries of the last step see of all keys so far, (B, l, C); no gradients.
 
-    Keys and values may be the first part of a cache that has room for more, of equal strides.
+    Keys and values (B, n, L, d) may be the first part of a cache that has room for more, of equal strides. On CUDA for dtypes
+    and head widths of which `is_served` says so.
     """
     if q_Bnld.is_cuda:
         from varcli.kernels.attention_triton import launch_step
@@ -79,9 +94,10 @@ class _Attend(torch.autograd.Function):
 
 @torch.library.custom_op("varcli::attend", mutates_args=(), device_types="cuda")
 def _attend(q: Tensor, k: Tensor, v: Tensor, step_lengths: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+    """What is seen, (B, L, n, d), and for the way back the log of the softmax's sum, (B, n, L): to base 2 on CUDA, else e."""
     from varcli.kernels.attention_triton import launch_forward
 
-    return launch_forward(q, k, v, tuple(step_lengths), scale)
+    return launch_forward(q.contiguous(), k.contiguous(), v.contiguous(), tuple(step_lengths), scale)
 
 
 @_attend.register_kernel("cpu")

@@ -13,18 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from varcli.kernels.attention_triton import LOG2_E, Shape, cut_tiles, end_of, pick, sizes_of, start_of
+from varcli.kernels.attention_triton import LOG2_E, Tiling, cut_tiles, end_of, pick, sizes_of, start_of
+from varcli.kernels.qk_triton import LONGEST_INVERSE
 
-# a vector shorter than 1e-12 was not brought to unit length, so its gradient has no part taken away along it
-_LONGEST_INVERSE: tl.constexpr = tl.constexpr(0.999e12)
-
-QUERY_TILES = Shape(128, 64, 8, 2)
-KEY_TILES = Shape(128, 64, 8, 2)
+# two programs a multiprocessor of an H100, without spilled registers; not timed yet (examples/benchmarks/attention_shapes.py)
+QUERY_TILES = Tiling(128, 64, 8, 2)
+KEY_TILES = Tiling(128, 64, 8, 2)
 
 
 @triton.jit
 def _query_piece(
-    q, grad_out, level, along, k_ptr, v_ptr, start, ends, columns, token_stride, grad,
+    q, grad_out, level, mean, k_ptr, v_ptr, start, ends, columns, token_stride, grad,
     SCALE: tl.constexpr, END: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, IS_CUT: tl.constexpr,
 ):  # fmt: skip
     """Add to the gradient of queries what comes over the keys from `start` on."""
@@ -39,14 +38,14 @@ def _query_piece(
     if IS_CUT:
         scores = tl.where(keys[None, :] < ends[:, None], scores, float("-inf"))
     weights = tl.exp2(scores - level[:, None])
-    grad_scores = weights * (tl.dot(grad_out, v.T, input_precision="ieee") - along[:, None])
+    grad_scores = weights * (tl.dot(grad_out, v.T, input_precision="ieee") - mean[:, None])
     return tl.dot(grad_scores.to(k.dtype), k, grad, input_precision="ieee")
 
 
 @triton.jit
 def _varcli_attend_backward_queries(
     q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, level_ptr, inverse_ptr, log_scale_ptr,
-    along_ptr, grad_qkv_ptr, bias_sums_ptr, scale_sums_ptr, cap,
+    mean_ptr, grad_qkv_ptr, bias_sums_ptr, scale_sums_ptr, cap,
     FIRSTS: tl.constexpr, ENDS: tl.constexpr, SCALE: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -63,21 +62,22 @@ def _varcli_attend_backward_queries(
     q = tl.load(q_ptr + at, mask=inside, other=0)
     grad_out = tl.load(grad_out_ptr + at, mask=inside, other=0)
     out = tl.load(out_ptr + at, mask=inside, other=0)
-    along = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)
+    # of the gradients to a query's weights, the mean by these weights
+    mean = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)
     row = (sample * HEADS + head) * length + tokens
-    tl.store(along_ptr + row, along, mask=tokens < last)
+    tl.store(mean_ptr + row, mean, mask=tokens < last)
     level = tl.load(level_ptr + row, mask=tokens < last, other=0)
     ends = end_of(tokens, ENDS)
     grad = tl.zeros((QUERIES, BLOCK), tl.float32)
     seen_by_all = end_of(first, ENDS) // KEYS * KEYS
     for start in range(0, seen_by_all, KEYS):
         grad = _query_piece(
-            q, grad_out, level, along, k_ptr + offset, v_ptr + offset, start, ends, columns, token_stride, grad,
+            q, grad_out, level, mean, k_ptr + offset, v_ptr + offset, start, ends, columns, token_stride, grad,
             SCALE, length, WIDTH, KEYS, False,
         )  # fmt: skip
     for start in range(seen_by_all, end_of(last - 1, ENDS), KEYS):
         grad = _query_piece(
-            q, grad_out, level, along, k_ptr + offset, v_ptr + offset, start, ends, columns, token_stride, grad,
+            q, grad_out, level, mean, k_ptr + offset, v_ptr + offset, start, ends, columns, token_stride, grad,
             SCALE, length, WIDTH, KEYS, True,
         )  # fmt: skip
     # back through the normalisation
@@ -91,7 +91,7 @@ def _varcli_attend_backward_queries(
     # above its cap the temperature has no gradient
     scale_sum = tl.where(log_scale <= cap, tl.sum(tl.where(tokens < last, along, 0.0), axis=0), 0.0)
     tl.store(scale_sums_ptr + part * HEADS + head, scale_sum)
-    along = tl.where(inverse < _LONGEST_INVERSE, along / (scale * scale), 0.0)
+    along = tl.where(inverse < LONGEST_INVERSE, along / (scale * scale), 0.0)
     grad = (grad - q_wide * along[:, None]) * (inverse * scale)[:, None]
     bias_sum = tl.sum(tl.where(inside, grad, 0.0), axis=0)
     tl.store(bias_sums_ptr + part * token_stride + head * WIDTH + columns, bias_sum, mask=columns < WIDTH)
@@ -101,7 +101,7 @@ def _varcli_attend_backward_queries(
 
 @triton.jit
 def _key_piece(
-    k, v, keys, q_ptr, grad_out_ptr, level_ptr, along_ptr, start, columns, token_stride, grad_k, grad_v,
+    k, v, keys, q_ptr, grad_out_ptr, level_ptr, mean_ptr, start, columns, token_stride, grad_k, grad_v,
     SCALE: tl.constexpr, ENDS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, IS_CUT: tl.constexpr,
 ):  # fmt: skip
     """Add to the gradients of keys and values what comes over the queries from `start` on."""
@@ -112,19 +112,19 @@ def _key_piece(
     q = tl.load(q_ptr + at, mask=inside, other=0)
     grad_out = tl.load(grad_out_ptr + at, mask=inside, other=0)
     level = tl.load(level_ptr + tokens, mask=is_there, other=0)
-    along = tl.load(along_ptr + tokens, mask=is_there, other=0)
+    mean = tl.load(mean_ptr + tokens, mask=is_there, other=0)
     scores = tl.dot(k, q.T, input_precision="ieee") * (SCALE * LOG2_E)
     if IS_CUT:
         scores = tl.where(keys[:, None] < end_of(tokens, ENDS)[None, :], scores, float("-inf"))
     weights = tl.exp2(scores - level[None, :])
     grad_v = tl.dot(weights.to(v.dtype), grad_out, grad_v, input_precision="ieee")
-    grad_scores = weights * (tl.dot(v, grad_out.T, input_precision="ieee") - along[None, :])
+    grad_scores = weights * (tl.dot(v, grad_out.T, input_precision="ieee") - mean[None, :])
     return tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision="ieee"), grad_v
 
 
 @triton.jit
 def _varcli_attend_backward_keys(
-    q_ptr, k_ptr, v_ptr, grad_out_ptr, level_ptr, along_ptr, inverse_ptr, grad_qkv_ptr, bias_sums_ptr,
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, level_ptr, mean_ptr, inverse_ptr, grad_qkv_ptr, bias_sums_ptr,
     FIRSTS: tl.constexpr, ENDS: tl.constexpr, SCALE: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -147,12 +147,12 @@ def _varcli_attend_backward_keys(
     seen_whole = begin + tl.cdiv(start_of(last - 1, ENDS) - begin, QUERIES) * QUERIES
     for start in range(begin, seen_whole, QUERIES):
         grad_k, grad_v = _key_piece(
-            k, v, keys, q_ptr + offset, grad_out_ptr + offset, level_ptr + rows, along_ptr + rows,
+            k, v, keys, q_ptr + offset, grad_out_ptr + offset, level_ptr + rows, mean_ptr + rows,
             start, columns, token_stride, grad_k, grad_v, SCALE, ENDS, WIDTH, QUERIES, True,
         )  # fmt: skip
     for start in range(seen_whole, length, QUERIES):
         grad_k, grad_v = _key_piece(
-            k, v, keys, q_ptr + offset, grad_out_ptr + offset, level_ptr + rows, along_ptr + rows,
+            k, v, keys, q_ptr + offset, grad_out_ptr + offset, level_ptr + rows, mean_ptr + rows,
             start, columns, token_stride, grad_k, grad_v, SCALE, ENDS, WIDTH, QUERIES, False,
         )  # fmt: skip
     bias_sum = tl.sum(tl.where(inside, grad_v, 0.0), axis=0)
@@ -164,7 +164,7 @@ def _varcli_attend_backward_keys(
     inverse = tl.load(inverse_ptr + (sample * length + keys) * HEADS + head, mask=keys < last, other=0)
     grad_k *= SCALE
     k_wide = k.to(tl.float32)
-    along = tl.where(inverse < _LONGEST_INVERSE, tl.sum(grad_k * k_wide, axis=1), 0.0)
+    along = tl.where(inverse < LONGEST_INVERSE, tl.sum(grad_k * k_wide, axis=1), 0.0)
     grad_k = (grad_k - k_wide * along[:, None]) * inverse[:, None]
     tl.store(grad_qkv_ptr + at - HEADS * WIDTH, grad_k.to(grad_qkv_ptr.dtype.element_ty), mask=inside)
 
@@ -187,7 +187,7 @@ def launch_backward(
     batch, length, heads, width = q_BLnd.shape
     sizes = sizes_of(step_lengths, scale, heads, width)
     grad_qkv = q_BLnd.new_empty(batch, length, 3 * heads * width)
-    along = torch.empty_like(level_BnL)
+    mean = torch.empty_like(level_BnL)
     firsts = cut_tiles(step_lengths, QUERY_TILES.tile)
     query_sums = level_BnL.new_empty(batch, len(firsts) - 1, heads * width)
     scale_sums = level_BnL.new_empty(batch, len(firsts) - 1, heads)
@@ -201,7 +201,7 @@ def launch_backward(
             level_BnL,
             q_inverse_BLn,
             log_scale,
-            along,
+            mean,
             grad_qkv,
             query_sums,
             scale_sums,
@@ -221,7 +221,7 @@ def launch_backward(
             v_BLnd,
             grad_out_BLnd,
             level_BnL,
-            along,
+            mean,
             k_inverse_BLn,
             grad_qkv,
             value_sums,

@@ -19,7 +19,7 @@ from torch import Tensor
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
-class Shape(NamedTuple):
+class Tiling(NamedTuple):
     """How a kernel is cut: tokens of a tile, tokens of the other side at a time, warps, and loads under way."""
 
     tile: int
@@ -28,7 +28,8 @@ class Shape(NamedTuple):
     num_stages: int
 
 
-FORWARD = Shape(128, 64, 8, 3)
+# two programs a multiprocessor of an H100, without spilled registers; not timed yet (examples/benchmarks/attention_shapes.py)
+FORWARD = Tiling(128, 64, 8, 3)
 
 
 @functools.cache
@@ -124,26 +125,12 @@ def _varcli_attend(
     seen_by_all = seen_by_all // KEYS * KEYS
     for start in range(0, seen_by_all, KEYS):
         peak, total, out = _attend_piece(
-            q,
-            k_ptr,
-            v_ptr,
-            start,
-            ends,
-            num_keys,
-            columns,
-            kv_token_stride,
-            peak,
-            total,
-            out,
-            SCALE,
-            WIDTH,
-            KEYS,
-            False,
-        )
+            q, k_ptr, v_ptr, start, ends, num_keys, columns, kv_token_stride, peak, total, out, SCALE, WIDTH, KEYS, False
+        )  # fmt: skip
     for start in range(seen_by_all, seen, KEYS):
         peak, total, out = _attend_piece(
             q, k_ptr, v_ptr, start, ends, num_keys, columns, kv_token_stride, peak, total, out, SCALE, WIDTH, KEYS, True
-        )
+        )  # fmt: skip
     tl.store(out_ptr + at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
     if len(ENDS) > 0:
         tl.store(level_ptr + (sample * HEADS + head) * length + tokens, peak + tl.log2(total), mask=tokens < last)

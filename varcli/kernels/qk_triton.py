@@ -17,7 +17,7 @@ _BACKWARD_TILES = 8  # one after the other: the sums left behind are then 1 % of
 _NUM_WARPS = 4
 # a vector shorter than 1e-12 was not brought to unit length, so its gradient has no part taken away along it
 _SHORTEST: tl.constexpr = tl.constexpr(1e-12)
-_LONGEST_INVERSE: tl.constexpr = tl.constexpr(0.999e12)
+LONGEST_INVERSE: tl.constexpr = tl.constexpr(0.999e12)
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def _varcli_qk_backward(
             grad = _gather(grad_q, sample, tokens, columns, head, first, STARTS, ENDS, HEADS, WIDTH, BLOCK, TOKENS)
             along = tl.sum(grad * q, axis=1)
             scale_sums += along
-            along = tl.where(inverse < _LONGEST_INVERSE, along / (scale * scale), 0.0)
+            along = tl.where(inverse < LONGEST_INVERSE, along / (scale * scale), 0.0)
             grad = (grad - q * along[:, None]) * (inverse * scale)[:, None]
             bias_sums += grad
             at = (rows * 3 * HEADS + slot)[:, None] * WIDTH + columns[None, :]
@@ -125,7 +125,7 @@ def _varcli_qk_backward(
             inverse = tl.load(k_inverse_ptr + rows * HEADS + head, mask=tokens < length, other=0)
             k = tl.load(k_ptr + at, mask=inside, other=0).to(tl.float32)
             grad = _gather(grad_k, sample, tokens, columns, head, first, ZEROS, ENDS, HEADS, WIDTH, BLOCK, TOKENS)
-            along = tl.where(inverse < _LONGEST_INVERSE, tl.sum(grad * k, axis=1), 0.0)
+            along = tl.where(inverse < LONGEST_INVERSE, tl.sum(grad * k, axis=1), 0.0)
             grad = (grad - k * along[:, None]) * inverse[:, None]
             at = (rows * 3 * HEADS + slot)[:, None] * WIDTH + columns[None, :]
             tl.store(grad_qkv_ptr + at, grad.to(grad_qkv_ptr.dtype.element_ty), mask=inside)

@@ -18,12 +18,11 @@ from varcli.data.classes import ClassNames
 from varcli.devices import (
     autocast,
     exact_convolutions,
-    is_out_of_memory,
     precision_name,
     resolve_device,
     resolve_precision,
 )
-from varcli.errors import ArtifactError, ConfigError, MemoryLimitError, NumericError, unknown_name
+from varcli.errors import ArtifactError, ConfigError, MemoryLimitError, NumericError, is_out_of_memory, unknown_name
 from varcli.kernels import resolve_kernels
 from varcli.kernels.conv3x3 import introduce
 from varcli.order import ORDERS
@@ -155,7 +154,7 @@ class Generator:
                 for images in self._batches_of(size, numbers[done:], indices[done:], config):
                     yield images
                     done += len(images)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 is_full = True

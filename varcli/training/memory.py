@@ -7,9 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from varcli.devices import is_out_of_memory
 from varcli.distributed import World
-from varcli.errors import MemoryLimitError
+from varcli.errors import MemoryLimitError, is_out_of_memory
 from varcli.training.trainer import Trainer
 
 
@@ -18,7 +17,7 @@ def memory_limits(trainer: Trainer, world: World) -> Iterator[None]:
     """Turn running out of memory into MemoryLimitError with the trainer's hint, and the process's number among several."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         device = trainer.parts.device

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from varcli.devices import is_out_of_memory, try_compiled
+from varcli.devices import try_compiled
 from varcli.distributed.context import exchange
+from varcli.errors import is_out_of_memory
 from varcli.progress import Step
 from varcli.training.plan import TrainPlan, is_tight, process_bytes, share_evenly, time_once, update_bytes
 from varcli.training.recipes import choose_recipe
@@ -32,7 +33,7 @@ def prepare(trainer: TransformerTrainer, start_step: int) -> TrainPlan:
         found: tuple[float, int] | None = None
         try:
             found = _try_out(trainer, start_step)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not (is_out_of_memory(error) and _can_shrink(trainer)):
                 raise
         # not within the except clause, where the error still holds on to what filled the memory
@@ -80,8 +81,9 @@ def _try_out(trainer: TransformerTrainer, start_step: int) -> tuple[float, int]:
 
     with undisturbed(device):
         if trainer.is_compiled:
-            undo, is_optional = trainer.objective.uncompile, not trainer.config.compile
-            trainer.is_compiled = try_compiled(try_out, undo, tell, is_optional=is_optional)
+            # shards that were gathered once more by one process alone would have the others wait
+            is_optional = not trainer.config.compile and not trainer.parallel.is_sharded
+            trainer.is_compiled = try_compiled(try_out, trainer.objective.uncompile, tell, is_optional=is_optional)
         else:
             try_out()
         _reset_peak(device)  # compiling may have taken more than a step will

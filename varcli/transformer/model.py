@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varcli.errors import unknown_name
+from varcli.kernels import KERNELS
 from varcli.kernels.cross_entropy import linear_cross_entropy
 from varcli.shapes import check_shape
 from varcli.transformer.attention import BlockLinear, LayerCache, attend_by_step, is_kept_in_fp8, linear
@@ -84,7 +86,9 @@ class Transformer(nn.Module):
 
     @kernels.setter
     def kernels(self, name: str) -> None:
-        """Take one of `varcli.kernels.KERNELS`."""
+        """Take one of `varcli.kernels.KERNELS`. Raises ConfigError for another."""
+        if name not in KERNELS:
+            raise unknown_name("kernels", name, KERNELS)
         self._kernels = name
         for block in self.blocks:
             block.attention.is_fused = name == "fused"
