@@ -23,6 +23,7 @@ from torch import Tensor
 from varcli.kernels import (
     attention,
     attention_backward_triton,
+    attention_step_triton,
     attention_triton,
     conv3x3_triton,
     fp8_triton,
@@ -179,14 +180,14 @@ def measure_attention(
         found, biases, scales = attention_backward_triton.launch_backward(*given)
     pairs = {"seen": (seen[0], expected), "qkv": (found, wide[0].grad), "log_scale": (scales, wide[3].grad.flatten())}
     pairs |= {"q_bias": (biases[0], wide[1].grad), "v_bias": (biases[1], wide[2].grad)}
-    cache = torch.randn(2, batch, heads, sum(lengths) + 3, width)
-    keys, values = cache[:, :, :, : sum(lengths)]
-    step = q[:, -lengths[-1] :].contiguous()
-    one = torch.nn.functional.scaled_dot_product_attention(
-        *(part.double() for part in (step.transpose(1, 2), keys, values)), scale=0.7
-    )
-    with patch.object(attention_triton, "FORWARD", small or attention_triton.FORWARD):
-        pairs["step"] = (attention_triton.launch_step(step, keys, values, 0.7), one.transpose(1, 2))
+    for before, length in ((0, 1), (5, 40), (70, 7)):
+        given = qkv[:, :length].contiguous(), q_bias, v_bias, log_scale, CAP
+        room = torch.randn(2, batch, heads, before + length + 3, width)[:, :, :, : before + length]
+        wanted = room.double()
+        rows = (part if isinstance(part, float) else part.double() for part in given)
+        seen_by_step = attention.attend_step(*rows, *wanted, 0.7)
+        pairs[f"step {length}"] = (attention_step_triton.launch_step(*given, *room, 0.7).flatten(2), seen_by_step)
+        pairs[f"cache {length}"] = (room, wanted)
     # queries are up to 100 long, which multiplies the rounding of keys before the softmax: so much that the gradients show it
     loose = {"qkv", "q_bias", "log_scale"}
     return {name: distance(*pair) / (20 if name in loose else 2) for name, pair in pairs.items()}

@@ -94,7 +94,7 @@ def test_run_again_it_goes_on_with_its_own_settings(place):
         (["--epochs", "1", "--steps", "2"], 1, "both say how long"),
         (["--depth", "1", "--set", "depth=2"], 1, "give one of them"),
         (["--name", "../evil"], 1, "use --out"),
-        (["--seed", "-1"], 2, "--seed"),
+        (["--seed", "-1"], 1, "--seed"),
         (["models/tiny"], 1, "is a tokenizer folder, but a codes folder is needed"),
         (["--tokenizer", "codes"], 1, "holds no tokenizer"),
         (["--out", "codes"], 1, "holds no run"),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varcli.errors import ConfigError
-from varcli.kernels import qk  # noqa: F401  (its operators)
+from varcli.kernels import qk
 from varcli.kernels.outputs import wide_dtype
 
 _WIDTHS = (16, 32, 64, 128)  # of a head: what matrix units take
@@ -56,16 +56,26 @@ def attend(
 
 
 @torch.no_grad()
-def attend_step(q_Bnld: Tensor, k_BnLd: Tensor, v_BnLd: Tensor, scale: float) -> Tensor:
-    """Return what the queries of the last step see of all keys so far, (B, l, C); no gradients.
+def attend_step(
+    qkv_BlC: Tensor,
+    q_bias_C: Tensor,
+    v_bias_C: Tensor,
+    log_scale: Tensor,
+    cap: float,
+    k_BnLd: Tensor,
+    v_BnLd: Tensor,
+    scale: float,
+) -> Tensor:
+    """Return what the l tokens of a step see of all L so far, (B, l, C); no gradients. Else as `attend`.
 
-    Keys and values (B, n, L, d) may be the first part of a cache that has room for more, of equal strides. On CUDA for dtypes
-    and head widths of which `is_served` says so.
+    k_BnLd, v_BnLd: a cache, (B, n, L, d) each of equal strides, in whose last l places the step's keys and values are written.
     """
-    if q_Bnld.is_cuda:
-        from varcli.kernels.attention_triton import launch_step
+    if qkv_BlC.is_cuda:
+        from varcli.kernels.attention_step_triton import launch_step
 
-        return launch_step(q_Bnld.transpose(1, 2).contiguous(), k_BnLd, v_BnLd, scale).flatten(2)
+        return launch_step(qkv_BlC, q_bias_C, v_bias_C, log_scale, cap, k_BnLd, v_BnLd, scale).flatten(2)
+    places = (cache[:, :, cache.shape[2] - qkv_BlC.shape[1] :] for cache in (k_BnLd, v_BnLd))
+    q_Bnld = qk.normalize_into(qkv_BlC, q_bias_C, v_bias_C, log_scale, cap, *places)
     return F.scaled_dot_product_attention(q_Bnld, k_BnLd, v_BnLd, scale=scale).transpose(1, 2).flatten(2)
 
 

@@ -16,7 +16,7 @@ _BACKWARD_TILE = 1024  # 8 a thread
 _BACKWARD_TILES = 8  # one after the other: the sums left behind are then 1 % of what is read
 _NUM_WARPS = 4
 # a vector shorter than 1e-12 was not brought to unit length, so its gradient has no part taken away along it
-_SHORTEST: tl.constexpr = tl.constexpr(1e-12)
+SHORTEST: tl.constexpr = tl.constexpr(1e-12)
 LONGEST_INVERSE: tl.constexpr = tl.constexpr(0.999e12)
 
 
@@ -43,8 +43,8 @@ def _varcli_qk_forward(
     v = tl.load(qkv_ptr + source + 2 * HEADS * WIDTH, mask=inside, other=0).to(tl.float32)
     q += q_bias[None, :]
     v += v_bias[None, :]
-    q_inverse = 1 / tl.maximum(tl.sqrt(tl.sum(q * q, axis=1)), _SHORTEST)
-    k_inverse = 1 / tl.maximum(tl.sqrt(tl.sum(k * k, axis=1)), _SHORTEST)
+    q_inverse = 1 / tl.maximum(tl.sqrt(tl.sum(q * q, axis=1)), SHORTEST)
+    k_inverse = 1 / tl.maximum(tl.sqrt(tl.sum(k * k, axis=1)), SHORTEST)
     scale = tl.exp(tl.minimum(tl.load(log_scale_ptr + head).to(tl.float32), cap))
     q *= (q_inverse * scale)[:, None]
     k *= k_inverse[:, None]

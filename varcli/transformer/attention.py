@@ -178,9 +178,9 @@ class SelfAttention(nn.Module):
         else:
             qkv, learned = product(self.qkv, x_BlC), (self.q_bias, self.v_bias, self.log_scale)
             length = qkv.shape[1]
-            q = normalize_into(qkv, *learned, _MAX_LOG_SCALE, *cache.place(start, length))
             if self._is_served(qkv):
-                return attend_step(q, *cache.until(start + length), self.softmax_scale)
+                return attend_step(qkv, *learned, _MAX_LOG_SCALE, *cache.until(start + length), self.softmax_scale)
+            q = normalize_into(qkv, *learned, _MAX_LOG_SCALE, *cache.place(start, length))
         return attend_by_step(q, *cache.until(start + length), (length,), self.softmax_scale)
 
     def _is_served(self, qkv_BlC: Tensor) -> bool:
