@@ -124,12 +124,12 @@ def _jobs(
         require_served(dtype, config.transformer.head_width, config.transformer.qk_norm)
     if config.parallel and world.size == 1:
         raise ConfigError("parallel is a way of several processes, but there is one", "start it with torchrun")
-    modes = config.parallel or ("ddp",)
+    modes = tuple(dict.fromkeys(config.parallel)) or ("ddp",)
     for mode in modes:
         require_mode(mode, world)
     shared: tuple[str | None, ...] = (None, *modes) if world.size > 1 else (None,)
     ways: dict[str, list[tuple[str | None, str | None]]] = {
-        "train": [(kernels, parallel) for _, kernels in choices for parallel in shared],
+        "train": list(dict.fromkeys((kernels, parallel) for _, kernels in choices for parallel in shared)),
         # what a generator takes by itself depends on its precision
         "sample": [(None if given == "auto" else kernels, None) for given, kernels in choices],
     }

@@ -29,7 +29,7 @@ def _own_pair(
     qkv_ptr, v_bias, tokens, length, columns,
     HEADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of these tokens of the step, as the cache keeps them; zeros after the last."""
+    """Keys and values of these tokens of the step, as the cache keeps them; what comes after the last must not be seen."""
     dtype = qkv_ptr.dtype.element_ty
     inside = (tokens < length)[:, None] & (columns < WIDTH)[None, :]
     at = tokens[:, None] * (3 * HEADS * WIDTH) + columns[None, :]
@@ -53,9 +53,7 @@ def _cached_piece(
     return see(q, k, v, (keys < before)[None, :], peak, total, out, SCALE, IS_CUT)
 
 
-@triton.jit(
-    do_not_specialize=["length", "before"]
-)  # else each step is a program of its own, and takes a second to compile
+@triton.jit(do_not_specialize=["length", "before"])  # else steps differ, and each kind takes a second to compile
 def _varcli_attend_step(
     qkv_ptr, q_bias_ptr, v_bias_ptr, log_scale_ptr, k_ptr, v_ptr, out_ptr,
     sample_stride, head_stride, token_stride, length, before, cap,
@@ -116,6 +114,7 @@ def launch_step(
     Keys and values: of equal strides, channels dense.
     """
     assert k_BnLd.stride() == v_BnLd.stride() and k_BnLd.stride(3) == 1, (k_BnLd.stride(), v_BnLd.stride())
+    assert qkv_BlC.dtype == k_BnLd.dtype == v_BnLd.dtype, (qkv_BlC.dtype, k_BnLd.dtype, v_BnLd.dtype)
     (batch, length, channels), heads = qkv_BlC.shape, log_scale.numel()
     width = channels // (3 * heads)
     out = qkv_BlC.new_empty(batch, length, heads, width)
