@@ -30,6 +30,9 @@ def model(tiny_tokenizer, tiny_transformer, tmp_path):
     return folder
 
 
+DRAW_ALL = ["sample", "--classes", "all", "--device", "cpu"]
+
+
 def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
@@ -126,24 +129,12 @@ def test_rejection_is_told_in_the_manifest_and_by_eval(model, tiny_images, tiny_
     info = read_manifest(model / "transformer").info
     info = {name: value for name, value in info.items() if name != "config"}
     save_transformer(model / "transformer", tiny_transformer, {**info, "source": str(tiny_images)})
-    common = ["sample", "--model", model, "--classes", "all", "--per-class", 2, "--device", "cpu", "--reject", "1/2"]
+    common = [*DRAW_ALL, "--model", model, "--per-class", 2, "--reject", "1/2"]
     done = run(*common, "--out", tmp_path / "out", "--json")
     assert done.exit_code == 0, done.output
     assert (json.loads(done.stdout)["images"], json.loads(done.stdout)["drawn"]) == (6, 12)
     assert read_manifest(tmp_path / "out").info["scorer"]["accuracy"] is not None
-    plain = [
-        "sample",
-        "--model",
-        model,
-        "--classes",
-        "all",
-        "--per-class",
-        4,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "all",
-    ]
+    plain = [*DRAW_ALL, "--model", model, "--per-class", 4, "--out", tmp_path / "all"]
     assert run(*plain).exit_code == 0
     for image in (tmp_path / "out").glob("0*.png"):
         assert image.read_bytes() == (tmp_path / "all" / image.name).read_bytes()
@@ -156,19 +147,7 @@ def test_rejection_is_told_in_the_manifest_and_by_eval(model, tiny_images, tiny_
 
 def test_products_in_fp8_are_told_in_the_manifest_and_by_eval(model, tiny_images, tmp_path, monkeypatch):
     monkeypatch.setattr("varcli.transformer.store.require_fp8", lambda *sizes: None)  # a CPU computes the formulas
-    common = [
-        "sample",
-        "--model",
-        model,
-        "--classes",
-        "all",
-        "--per-class",
-        2,
-        "--device",
-        "cpu",
-        "--precision",
-        "bf16",
-    ]
+    common = [*DRAW_ALL, "--model", model, "--per-class", 2, "--precision", "bf16"]
     done = run(*common, "--fp8", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert read_manifest(tmp_path / "out").info["fp8"] is True

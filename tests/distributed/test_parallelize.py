@@ -39,7 +39,7 @@ def test_an_unknown_way_is_refused_with_the_known_ones():
     assert "hsdp" in caught.value.hint
 
 
-# the number of graphs that torch.compile makes of a model whose blocks are larger than what copies exchange at once
+# the number of graphs that torch.compile makes of a model whose blocks are larger than what copies exchange first
 COMPILED = """
     import sys
     import torch
@@ -49,7 +49,6 @@ COMPILED = """
     from varcli.tokenizer.quantizer import MultiScaleQuantizer
     from varcli.training.objective import Objective
     from varcli.transformer import Transformer, TransformerConfig
-    parallelize._BUCKET_MB = 1
     graphs = []
     def backend(graph, inputs):
         graphs.append(graph)

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from varcli.kernels.attention import attend, attend_step, is_served
+from varcli.errors import ConfigError
+from varcli.kernels.attention import attend, attend_step, is_served, require_served
 from varcli.kernels.qk import normalized_steps, normalized_steps_reference
 
 CAP = math.log(100)
@@ -78,6 +79,10 @@ def test_tiles_begin_where_long_steps_do_and_hold_all_tokens():
 def test_what_matrix_units_do_not_take_is_left_to_libraries():
     assert is_served(torch.bfloat16, 64) and is_served(torch.float16, 128)
     assert not is_served(torch.float32, 64) and not is_served(torch.bfloat16, 24)
+    require_served(torch.bfloat16, 64, qk_norm=True)
+    for given in ((torch.float32, 64, True), (torch.bfloat16, 24, True), (torch.bfloat16, 64, False)):
+        with pytest.raises(ConfigError, match="kernels `fused`"):
+            require_served(*given)
 
 
 @pytest.mark.gpu

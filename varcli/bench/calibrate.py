@@ -94,5 +94,5 @@ def measure_exchange(world: World, device: torch.device) -> float:
 
 
 def slowest(seconds: float, world: World) -> float:
-    """Return the longest of all processes' times."""
+    """Return the longest of all processes' times; every process must call it."""
     return world.gather(torch.tensor([seconds])).max().item()

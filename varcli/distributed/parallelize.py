@@ -29,10 +29,6 @@ from varcli.errors import ConfigError, unknown_name
 MODES = ("ddp", "fsdp", "hsdp")
 """What several processes may do: each has a copy; each has a shard; each host has a copy, in shards."""
 
-_BUCKET_MB: int | None = (
-    None  # of gradients that copies exchange at once; None is 25, and 1 for the first, as torch has it
-)
-
 
 class Parallel:
     """A model that one process trains alone; its children train it with the other processes.
@@ -54,6 +50,9 @@ class Parallel:
         """Around forward and backward pass of each micro-batch of a step: only the last need exchange gradients."""
         return contextlib.nullcontext()
 
+    def prepare_compiling(self) -> None:
+        """Call before torch.compile meets the model or parts of it."""
+
 
 class _Called(nn.Module):
     """A model as torch's wrappers want it: everything happens in its forward pass, and they see to what comes before."""
@@ -74,7 +73,7 @@ class Replicated(Parallel):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer torch has another name for broadcast_buffers
             self._wrapped = nn.parallel.DistributedDataParallel(
-                _Called(model), broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=_BUCKET_MB
+                _Called(model), broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
     def __call__(self, function: Callable[..., Any], *inputs: Any) -> Any:
@@ -84,6 +83,11 @@ class Replicated(Parallel):
     def accumulating(self, is_last: bool) -> AbstractContextManager:
         """See `Parallel`."""
         return contextlib.nullcontext() if is_last else self._wrapped.no_sync()
+
+    def prepare_compiling(self) -> None:
+        """See `Parallel`."""
+        # else each compiled block is cut at the bounds of the buckets, though its gradients come part by part as it is
+        torch._dynamo.config.optimize_ddp = False
 
 
 class Sharded(Parallel):

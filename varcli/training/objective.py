@@ -43,8 +43,7 @@ class Objective:
     def compile(self, with_graphs: bool = False) -> None:
         """Let torch.compile fuse the model with its loss from the next call on: all at once for graphs, else in parts."""
         torch.compiler.reset()  # of the programs a function may have, eight, a block takes two for each size of batch
-        # else DistributedDataParallel has each block cut at the bounds of its buckets, though its gradients come part by part
-        torch._dynamo.config.optimize_ddp = False
+        self.parallel.prepare_compiling()
         if with_graphs:
             self._measure = torch.compile(measure, dynamic=False, mode="reduce-overhead")
         else:
