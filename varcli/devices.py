@@ -10,7 +10,6 @@ import torch
 from varcli.errors import ConfigError, VarcliError, is_out_of_memory, unknown_name, with_causes
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# what torch's, Triton's and NCCL's errors say that have no class of their own for it
 
 
 def resolve_device(name: str = "auto") -> torch.device:

@@ -7,6 +7,7 @@ import errno
 import re
 from collections.abc import Iterable, Iterator
 
+# what torch's, Triton's and NCCL's errors say that have no class of their own for it
 _NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|_ALLOC_FAILED", re.I
 )

@@ -15,13 +15,7 @@ from torch import Tensor
 
 from varcli import config as configs
 from varcli.data.classes import ClassNames
-from varcli.devices import (
-    autocast,
-    exact_convolutions,
-    precision_name,
-    resolve_device,
-    resolve_precision,
-)
+from varcli.devices import autocast, exact_convolutions, precision_name, resolve_device, resolve_precision
 from varcli.errors import ArtifactError, ConfigError, MemoryLimitError, NumericError, is_out_of_memory, unknown_name
 from varcli.kernels import resolve_kernels
 from varcli.kernels.conv3x3 import introduce
