@@ -16,9 +16,8 @@ from torch import Tensor
 from varcli.kernels.attention_triton import LOG2_E, Tiling, cut_tiles, end_of, pick, sizes_of, start_of
 from varcli.kernels.qk_triton import LONGEST_INVERSE
 
-# two programs a multiprocessor of an H100, without spilled registers; not timed yet (examples/benchmarks/attention_shapes.py)
-QUERY_TILES = Tiling(128, 64, 8, 2)
-KEY_TILES = Tiling(128, 64, 8, 2)
+QUERY_TILES = Tiling(64, 64, 4, 3)
+KEY_TILES = Tiling(64, 64, 4, 2, 168)
 
 
 @triton.jit
@@ -45,7 +44,7 @@ def _query_piece(
 @triton.jit
 def _varcli_attend_backward_queries(
     q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, level_ptr, inverse_ptr, log_scale_ptr,
-    mean_ptr, grad_qkv_ptr, bias_sums_ptr, scale_sums_ptr, cap,
+    level_mean_ptr, grad_qkv_ptr, bias_sums_ptr, scale_sums_ptr, cap,
     FIRSTS: tl.constexpr, ENDS: tl.constexpr, SCALE: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -65,8 +64,9 @@ def _varcli_attend_backward_queries(
     # of the gradients to a query's weights, the mean by these weights
     mean = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)
     row = (sample * HEADS + head) * length + tokens
-    tl.store(mean_ptr + row, mean, mask=tokens < last)
     level = tl.load(level_ptr + row, mask=tokens < last, other=0)
+    tl.store(level_mean_ptr + 2 * row, level, mask=tokens < last)
+    tl.store(level_mean_ptr + 2 * row + 1, mean, mask=tokens < last)
     ends = end_of(tokens, ENDS)
     grad = tl.zeros((QUERIES, BLOCK), tl.float32)
     seen_by_all = end_of(first, ENDS) // KEYS * KEYS
@@ -101,7 +101,7 @@ def _varcli_attend_backward_queries(
 
 @triton.jit
 def _key_piece(
-    k, v, keys, q_ptr, grad_out_ptr, level_ptr, mean_ptr, start, columns, token_stride, grad_k, grad_v,
+    k, v, keys, q_ptr, grad_out_ptr, level_mean_ptr, start, columns, token_stride, grad_k, grad_v,
     SCALE: tl.constexpr, ENDS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, IS_CUT: tl.constexpr,
 ):  # fmt: skip
     """Add to the gradients of keys and values what comes over the queries from `start` on."""
@@ -111,8 +111,9 @@ def _key_piece(
     at = tokens[:, None] * token_stride + columns[None, :]
     q = tl.load(q_ptr + at, mask=inside, other=0)
     grad_out = tl.load(grad_out_ptr + at, mask=inside, other=0)
-    level = tl.load(level_ptr + tokens, mask=is_there, other=0)
-    mean = tl.load(mean_ptr + tokens, mask=is_there, other=0)
+    # in pairs: as two vectors each thread would load all 16 queries of its scores, 4 bytes at a time
+    pairs = tl.load(level_mean_ptr + 2 * tokens[:, None] + tl.arange(0, 2)[None, :], mask=is_there[:, None], other=0)
+    level, mean = tl.split(pairs)
     scores = tl.dot(k, q.T, input_precision="ieee") * (SCALE * LOG2_E)
     if IS_CUT:
         scores = tl.where(keys[:, None] < end_of(tokens, ENDS)[None, :], scores, float("-inf"))
@@ -124,7 +125,7 @@ def _key_piece(
 
 @triton.jit
 def _varcli_attend_backward_keys(
-    q_ptr, k_ptr, v_ptr, grad_out_ptr, level_ptr, mean_ptr, inverse_ptr, grad_qkv_ptr, bias_sums_ptr,
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, level_mean_ptr, inverse_ptr, grad_qkv_ptr, bias_sums_ptr,
     FIRSTS: tl.constexpr, ENDS: tl.constexpr, SCALE: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -147,12 +148,12 @@ def _varcli_attend_backward_keys(
     seen_whole = begin + tl.cdiv(start_of(last - 1, ENDS) - begin, QUERIES) * QUERIES
     for start in range(begin, seen_whole, QUERIES):
         grad_k, grad_v = _key_piece(
-            k, v, keys, q_ptr + offset, grad_out_ptr + offset, level_ptr + rows, mean_ptr + rows,
+            k, v, keys, q_ptr + offset, grad_out_ptr + offset, level_mean_ptr + 2 * rows,
             start, columns, token_stride, grad_k, grad_v, SCALE, ENDS, WIDTH, QUERIES, True,
         )  # fmt: skip
     for start in range(seen_whole, length, QUERIES):
         grad_k, grad_v = _key_piece(
-            k, v, keys, q_ptr + offset, grad_out_ptr + offset, level_ptr + rows, mean_ptr + rows,
+            k, v, keys, q_ptr + offset, grad_out_ptr + offset, level_mean_ptr + 2 * rows,
             start, columns, token_stride, grad_k, grad_v, SCALE, ENDS, WIDTH, QUERIES, False,
         )  # fmt: skip
     bias_sum = tl.sum(tl.where(inside, grad_v, 0.0), axis=0)
@@ -187,7 +188,7 @@ def launch_backward(
     batch, length, heads, width = q_BLnd.shape
     sizes = sizes_of(step_lengths, scale, heads, width)
     grad_qkv = q_BLnd.new_empty(batch, length, 3 * heads * width)
-    mean = torch.empty_like(level_BnL)
+    level_mean = level_BnL.new_empty(*level_BnL.shape, 2)
     firsts = cut_tiles(step_lengths, QUERY_TILES.tile)
     query_sums = level_BnL.new_empty(batch, len(firsts) - 1, heads * width)
     scale_sums = level_BnL.new_empty(batch, len(firsts) - 1, heads)
@@ -201,7 +202,7 @@ def launch_backward(
             level_BnL,
             q_inverse_BLn,
             log_scale,
-            mean,
+            level_mean,
             grad_qkv,
             query_sums,
             scale_sums,
@@ -209,8 +210,7 @@ def launch_backward(
             FIRSTS=firsts,
             QUERIES=QUERY_TILES.tile,
             KEYS=QUERY_TILES.piece,
-            num_warps=QUERY_TILES.num_warps,
-            num_stages=QUERY_TILES.num_stages,
+            **QUERY_TILES.options(width),
             **sizes,
         )
         firsts = cut_tiles(step_lengths, KEY_TILES.tile)
@@ -220,16 +220,14 @@ def launch_backward(
             k_BLnd,
             v_BLnd,
             grad_out_BLnd,
-            level_BnL,
-            mean,
+            level_mean,
             k_inverse_BLn,
             grad_qkv,
             value_sums,
             FIRSTS=firsts,
             QUERIES=KEY_TILES.piece,
             KEYS=KEY_TILES.tile,
-            num_warps=KEY_TILES.num_warps,
-            num_stages=KEY_TILES.num_stages,
+            **KEY_TILES.options(width),
             **sizes,
         )
     bias_sums = torch.stack((query_sums.sum(dim=(0, 1)), value_sums.sum(dim=(0, 1))))

@@ -21,16 +21,24 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 class Tiling(NamedTuple):
-    """How a kernel is cut: tokens of a tile, tokens of the other side at a time, warps, and loads under way."""
+    """How a kernel is cut: tokens of a tile, of the other side at a time, warps, loads under way, most registers a thread."""
 
     tile: int
     piece: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
+
+    def options(self, width: int) -> dict[str, int | None]:
+        """What Triton is told when a kernel is launched for heads of this width; wider ones than 64 need all registers."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.registers if width <= 64 else None,
+        }
 
 
-# two programs a multiprocessor of an H100, without spilled registers; not timed yet (examples/benchmarks/attention_shapes.py)
-FORWARD = Tiling(128, 64, 8, 3)
+FORWARD = Tiling(64, 64, 4, 3)
 
 
 @functools.cache
@@ -158,8 +166,7 @@ def launch_forward(
             FIRSTS=firsts,
             QUERIES=FORWARD.tile,
             KEYS=FORWARD.piece,
-            num_warps=FORWARD.num_warps,
-            num_stages=FORWARD.num_stages,
+            **FORWARD.options(width),
             **sizes_of(step_lengths, scale, heads, width),
         )
     return out, level
