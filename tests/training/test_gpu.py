@@ -89,11 +89,11 @@ def test_compiled_training_learns_the_same(places, tmp_path, open_gates, graphs)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("precision", "kernels"), [("fp32", "triton"), ("bf16", "triton"), ("bf16", "fused")])
-def test_kernels_of_our_own_learn_the_same(places, tmp_path, open_gates, precision, kernels, compiled):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_kernels_of_our_own_learn_the_same(places, tmp_path, open_gates, precision, compiled):
     config = replace(SMALL, dropout=0.0, label_smoothing=0.1, precision=precision, compile=compiled)
-    plain = train(places, tmp_path / "plain", config)
-    fused = train(places, tmp_path / "fused", replace(config, kernels=kernels))
+    plain = train(places, tmp_path / "plain", replace(config, kernels="torch"))
+    fused = train(places, tmp_path / "fused", replace(config, kernels="triton"))
     assert fused == pytest.approx(plain, rel=1e-4 if precision == "fp32" else 0.01)
     close = 1e-3 if precision == "fp32" else 3e-3  # blocks that act a tenth less make it 5e-3
     assert norms(tmp_path / "fused") == pytest.approx(norms(tmp_path / "plain"), rel=close)

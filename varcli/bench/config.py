@@ -27,7 +27,7 @@ class BenchConfig:
     batch_sizes: tuple[int, ...] = (64,)  # images at once, one measurement each
     precision: str = "auto"  # auto, fp32, bf16 or fp16
     compile: bool = False  # torch.compile what runs often
-    kernels: tuple[str, ...] = ("auto",)  # train, sample: auto, torch, triton or fused, one measurement each
+    kernels: tuple[str, ...] = ("auto",)  # train, sample: auto, torch or triton, one measurement each
     # train in several processes: ddp, fsdp or hsdp, one measurement each, after one of each process
     # for itself; none is ddp
     parallel: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class BenchConfig:
         if not self.batch_sizes:
             raise ConfigError("batch_sizes must hold one size or more")
         if not self.kernels:
-            raise ConfigError("kernels must be at least one of auto, torch, triton, fused")
+            raise ConfigError("kernels must be at least one of auto, torch, triton")
         if self.num_files < 2 or (self.workers is not None and self.workers < 0):
             raise ConfigError("tokenize-files needs two files or more, and 0 or more workers")
 

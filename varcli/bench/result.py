@@ -27,7 +27,7 @@ class Measurement:
     peak_gib: float | None  # GPU memory of the first process; None elsewhere
     precision: str  # fp32, bf16 or fp16
     is_compiled: bool  # whether torch.compile was at work
-    kernels: str | None = None  # train, and sample where it was asked for: torch, triton or fused
+    kernels: str | None = None  # train, and sample where it was asked for: torch or triton
     processes: int = 1  # that shared the work
     parallel: str | None = None  # how they did: ddp, fsdp or hsdp
     is_fp8: bool = False  # whether the blocks' large products were in FP8

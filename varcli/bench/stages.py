@@ -25,7 +25,6 @@ from varcli.distributed import ALONE, World
 from varcli.distributed.parallelize import parallelize, require_mode
 from varcli.errors import ConfigError, MemoryLimitError, is_out_of_memory, unknown_name
 from varcli.kernels import resolve_kernels
-from varcli.kernels.attention import require_served
 from varcli.kernels.fp8 import require_fp8
 from varcli.order import ScaleOrder
 from varcli.progress import OnStep, Step, ignore
@@ -65,7 +64,7 @@ def run_bench(
     is_fp8 = config.fp8 and not _IN_FP8.isdisjoint(names)
     if is_fp8:
         require_fp8(device, dtype, config.transformer.width, config.transformer.hidden_width)
-    jobs = _jobs(names, config, device, dtype, world)
+    jobs = _jobs(names, config, device, world)
     ceiling = measure_ceiling(device, dtype)
     exchange_rate = measure_exchange(world, device) if world.size > 1 else 0.0
     found: list[Measurement] = []
@@ -115,13 +114,9 @@ class _Job(NamedTuple):
         return ", ".join(filter(None, (f"{self.stage}, batch {self.size}", self.kernels, self.parallel)))
 
 
-def _jobs(
-    names: Sequence[str], config: BenchConfig, device: torch.device, dtype: torch.dtype, world: World
-) -> list[_Job]:
+def _jobs(names: Sequence[str], config: BenchConfig, device: torch.device, world: World) -> list[_Job]:
     """Return all that is to be measured. Raises ConfigError for ways that cannot be."""
     choices = [(given, resolve_kernels(given, device)) for given in config.kernels]
-    if "fused" in config.kernels:
-        require_served(dtype, config.transformer.head_width, config.transformer.qk_norm)
     if config.parallel and world.size == 1:
         raise ConfigError("parallel is a way of several processes, but there is one", "start it with torchrun")
     modes = tuple(dict.fromkeys(config.parallel)) or ("ddp",)

@@ -71,7 +71,7 @@ def bench(
     compile_: Annotated[bool, Option("--compile", help="Use torch.compile.")] = False,
     kernels: Annotated[
         list[str] | None,
-        Option("--kernels", help="train, sample: auto, torch, triton or fused; repeat it to compare. Default: auto."),
+        Option("--kernels", help="train, sample: auto, torch or triton; repeat it to compare. Default: auto."),
     ] = None,
     parallel: Annotated[
         list[str] | None,

@@ -11,11 +11,8 @@ import torch
 
 from varcli.errors import ConfigError, unknown_name
 
-KERNELS = ("torch", "triton", "fused")
-"""How a transformer is computed: by torch alone, by the operators of this room, or with attention, too, as one of them.
-
-"fused" was not measured on a GPU yet, so "auto" does not take it.
-"""
+KERNELS = ("torch", "triton")
+"""How a transformer is computed: by torch alone, or by the operators of this room, too."""
 
 _OLDEST_GPU = (8, 0)  # compute capability, of Triton's
 
@@ -23,7 +20,7 @@ _OLDEST_GPU = (8, 0)  # compute capability, of Triton's
 def resolve_kernels(name: str, device: torch.device) -> str:
     """Turn "auto" or one of KERNELS into one that is there: "auto" is triton on CUDA GPUs that it serves, else torch.
 
-    Raises ConfigError for another name, and for all but torch where there is no CUDA GPU or no Triton.
+    Raises ConfigError for another name, and for triton where there is no CUDA GPU or no Triton.
     """
     if name not in ("auto", *KERNELS):
         raise unknown_name("kernels", name, ["auto", *KERNELS])
@@ -31,12 +28,10 @@ def resolve_kernels(name: str, device: torch.device) -> str:
     if name == "auto":
         is_served = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _OLDEST_GPU
         return "triton" if is_served and has_triton else "torch"
-    if name != "torch" and device.type != "cuda":
+    if name == "triton" and device.type != "cuda":
         raise ConfigError(
-            f"kernels `{name}` need a CUDA GPU, but the device is {device.type}", "`auto` takes what runs here"
+            f"kernels `triton` need a CUDA GPU, but the device is {device.type}", "`auto` takes what runs here"
         )
-    if name != "torch" and not has_triton:
-        raise ConfigError(
-            f"kernels `{name}` were asked for, but Triton is not installed", "`auto` takes what runs here"
-        )
+    if name == "triton" and not has_triton:
+        raise ConfigError("kernels `triton` were asked for, but Triton is not installed", "`auto` takes what runs here")
     return name

@@ -13,27 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varcli.errors import ConfigError
 from varcli.kernels import qk
 from varcli.kernels.outputs import wide_dtype
 
-_WIDTHS = (16, 32, 64, 128)  # of a head: what matrix units take
+_WIDTHS = (16, 32, 64)  # of a head: powers of 2 that leave a multiprocessor room for several programs
 
 
 def is_served(dtype: torch.dtype, head_width: int) -> bool:
     """Say whether `attend` and `attend_step` compute heads of this width in this dtype on CUDA."""
     return dtype in (torch.bfloat16, torch.float16) and head_width in _WIDTHS
-
-
-def require_served(dtype: torch.dtype, head_width: int, qk_norm: bool) -> None:
-    """Raise ConfigError where a transformer that asks for this attention would not get it."""
-    if not is_served(dtype, head_width) or not qk_norm:
-        widths = ", ".join(map(str, _WIDTHS))
-        raise ConfigError(
-            f"kernels `fused` compute bf16 and fp16, heads of {widths} channels and queries of unit length, but this is "
-            f"{str(dtype).removeprefix('torch.')}, {head_width} channels, qk_norm {str(qk_norm).lower()}",
-            "`auto` takes what runs here",
-        )
 
 
 def attend(

@@ -210,7 +210,7 @@ def launch_backward(
             FIRSTS=firsts,
             QUERIES=QUERY_TILES.tile,
             KEYS=QUERY_TILES.piece,
-            **QUERY_TILES.options(width),
+            **QUERY_TILES.options(),
             **sizes,
         )
         firsts = cut_tiles(step_lengths, KEY_TILES.tile)
@@ -227,7 +227,7 @@ def launch_backward(
             FIRSTS=firsts,
             QUERIES=KEY_TILES.piece,
             KEYS=KEY_TILES.tile,
-            **KEY_TILES.options(width),
+            **KEY_TILES.options(),
             **sizes,
         )
     bias_sums = torch.stack((query_sums.sum(dim=(0, 1)), value_sums.sum(dim=(0, 1))))

@@ -29,13 +29,9 @@ class Tiling(NamedTuple):
     num_stages: int
     registers: int | None = None
 
-    def options(self, width: int) -> dict[str, int | None]:
-        """What Triton is told when a kernel is launched for heads of this width; wider ones than 64 need all registers."""
-        return {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "maxnreg": self.registers if width <= 64 else None,
-        }
+    def options(self) -> dict[str, int | None]:
+        """What Triton is told when a kernel is launched."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.registers}
 
 
 FORWARD = Tiling(64, 64, 4, 3)
@@ -166,7 +162,7 @@ def launch_forward(
             FIRSTS=firsts,
             QUERIES=FORWARD.tile,
             KEYS=FORWARD.piece,
-            **FORWARD.options(width),
+            **FORWARD.options(),
             **sizes_of(step_lengths, scale, heads, width),
         )
     return out, level

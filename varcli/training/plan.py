@@ -21,14 +21,11 @@ _KEPT_BYTES = {
     ("torch", "half"): (47, 4, 11),
     ("torch", "compiled"): (28, 4, 11),
     ("torch", "fp32"): (61, 8, 13),
-    ("triton", "half"): (23, 4, 5),
-    ("triton", "compiled"): (23, 4, 5),
+    ("triton", "half"): (21, 4, 5),
+    ("triton", "compiled"): (21, 4, 5),
     ("triton", "fp32"): (45, 8, 9),
-    ("fused", "half"): (21, 4, 5),
-    ("fused", "compiled"): (21, 4, 5),
-    ("fused", "fp32"): (45, 8, 9),
 }
-_LOGIT_BYTES = {"torch": 12, "triton": 0, "fused": 0}  # per token and code: log-softmax, its gradient, and the logits'
+_LOGIT_BYTES = {"torch": 12, "triton": 0}  # per token and code: log-softmax, its gradient, and the logits'
 _USABLE = 0.85  # of the free memory; the rest is fragmentation and workspaces
 _TIGHT = 0.95  # of what this process may have, for a peak that was tried out and not estimated
 

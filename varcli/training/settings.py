@@ -70,8 +70,7 @@ class TrainConfig:
     seed: int = 0  # of weights, order, dropouts
     precision: str = "auto"  # auto, fp32, bf16 or fp16; auto is bf16 on CUDA and fp32 elsewhere
     compile: bool | None = None  # torch.compile; None is on CUDA when the run is long enough to gain
-    # auto, torch, triton (passes of our own between products) or fused (attention, too; not measured yet); auto is
-    # triton on CUDA, but for cuda_graphs
+    # auto, torch or triton (attention and passes of our own between products); auto is triton on CUDA, but for cuda_graphs
     kernels: str = "auto"
     fp8: bool = False  # the four large products of each block in FP8, beside bf16
     # of several processes: ddp, fsdp, hsdp; auto is ddp where the state fits one device, else fsdp

@@ -19,7 +19,6 @@ from varcli.distributed.context import exchange
 from varcli.distributed.parallelize import parallelize
 from varcli.errors import ConfigError
 from varcli.kernels import resolve_kernels
-from varcli.kernels.attention import require_served
 from varcli.kernels.fp8 import require_fp8
 from varcli.order import ScaleOrder
 from varcli.progress import OnStep, ignore
@@ -117,8 +116,6 @@ class TransformerTrainer(Trainer):
         is_open = config.cuda_graphs and config.kernels == "auto"
         self.model.kernels = resolve_kernels("torch" if is_open else config.kernels, device)
         self.dtype = resolve_precision(config.precision, device)
-        if self.model.kernels == "fused":
-            require_served(self.dtype, self.model_config.head_width, self.model_config.qk_norm)
         if config.fp8:
             require_fp8(device, self.dtype, self.model_config.width, self.model_config.hidden_width)
             self.model.train_in_fp8()

@@ -72,7 +72,7 @@ def linear(layer: nn.Linear, x: Tensor | Rows, bias: Tensor | None = None) -> Te
     if is_kept_in_fp8(layer):
         x = x if isinstance(x, Rows) else plain_rows(x)
     elif not is_in_fp8(layer):
-        return F.linear(x.to(layer.weight.dtype), layer.weight, None if bias is None else bias.to(layer.weight.dtype))
+        return F.linear(_like_weight(x, layer), layer.weight, None if bias is None else bias.to(layer.weight.dtype))
     y = product(layer, x)
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -86,7 +86,12 @@ def product(layer: nn.Linear, x: Tensor | Rounded | Rows) -> Tensor:
         return rows_product(x if isinstance(x, Rows) else to_rows(x), layer.weight, layer.scales_N1)
     if is_in_fp8(layer):
         return fp8_product(x, layer.weight)
-    return F.linear(x.to(layer.weight.dtype), layer.weight)
+    return F.linear(_like_weight(x, layer), layer.weight)
+
+
+def _like_weight(x: Tensor, layer: nn.Linear) -> Tensor:
+    """Bring what a layer reads to its weight's dtype, unless autocast does: autograd would keep both."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(layer.weight.dtype)
 
 
 def is_in_fp8(layer: nn.Linear) -> bool:
@@ -146,7 +151,6 @@ class SelfAttention(nn.Module):
             self.softmax_scale = 1.0
         self.proj = BlockLinear(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
-        self.is_fused = False  # attention in a kernel of `varcli.kernels`, where it is served
 
     def project(self, x_BlC: Tensor | Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, (B, n, l, d) each. x: see `product`."""
@@ -185,7 +189,7 @@ class SelfAttention(nn.Module):
 
     def _is_served(self, qkv_BlC: Tensor) -> bool:
         """Whether attention is to come after this product in one kernel."""
-        return self.is_fused and is_served(qkv_BlC.dtype, qkv_BlC.shape[2] // (3 * self.num_heads))
+        return is_served(qkv_BlC.dtype, qkv_BlC.shape[2] // (3 * self.num_heads))
 
     def join(self, y_BlC: Tensor) -> Tensor:
         """Mix what the heads saw."""

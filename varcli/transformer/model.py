@@ -81,7 +81,7 @@ class Transformer(nn.Module):
 
     @property
     def kernels(self) -> str:
-        """One of `varcli.kernels.KERNELS`: "torch", or another for the fewer passes of `varcli.kernels`."""
+        """One of `varcli.kernels.KERNELS`: "torch", or "triton" for the fewer passes of `varcli.kernels`."""
         return self._kernels
 
     @kernels.setter
@@ -90,8 +90,6 @@ class Transformer(nn.Module):
         if name not in KERNELS:
             raise unknown_name("kernels", name, KERNELS)
         self._kernels = name
-        for block in self.blocks:
-            block.attention.is_fused = name == "fused"
 
     # -- teacher forcing -----------------------------------------------------------------------------------------
 
