@@ -40,6 +40,11 @@ def test_rows_are_rounded_as_worked_out_by_hand():
     assert rounded.float().tolist() == [[448.0, 0.3125, -1.125, 144.0]] * 2
 
 
+def test_the_operator_keeps_torchs_rules():
+    x, *_ = inputs()
+    torch.library.opcheck(torch.ops.varcli.round_rows, (x[0].detach(),))
+
+
 def test_rows_of_any_size_are_as_exact_and_zero_rows_stay_zero():
     x = torch.randn(4, 256, generator=torch.Generator().manual_seed(1))
     expected = x * torch.tensor([1e30, 1.0, 1e-25, 0.0])[:, None]

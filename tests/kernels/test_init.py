@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
+import varcli.kernels as kernels_room
 from varcli.errors import ConfigError
 from varcli.kernels import resolve_kernels
 
@@ -14,7 +13,7 @@ from varcli.kernels import resolve_kernels
 def test_auto_is_triton_on_a_gpu_that_has_it_and_torch_elsewhere(monkeypatch):
     assert resolve_kernels("auto", torch.device("cpu")) == "torch"
     for is_there, capability, kernels in ((True, (9, 0), "triton"), (False, (9, 0), "torch"), (True, (7, 5), "torch")):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=is_there: found or None)
+        monkeypatch.setattr(kernels_room, "HAS_TRITON", is_there)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert resolve_kernels("auto", torch.device("cuda")) == kernels
     assert resolve_kernels("torch", torch.device("cuda")) == "torch"

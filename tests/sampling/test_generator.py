@@ -220,9 +220,9 @@ def test_a_captured_batch_gives_the_pictures_of_an_uncaptured_one(generator, smo
     found = draw(0, 39)  # five batches, the last one short: captured
     assert model._engine is not None
     assert torch.equal(found[:32], torch.cat((first, last)))
-    # products of another batch size round differently, which may move a pixel by one, and now and then draws another code
-    is_near = (found[32:].int() - short.int()).abs().flatten(1) <= 2
-    assert (is_near.float().mean(dim=1) > 0.99).float().mean().item() > 0.5
+    # products of another batch size round differently, which moves pixels a little and may draw another code
+    distances = (found[32:].float() - short.float()).abs().flatten(1).mean(dim=1)
+    assert (distances < 3).float().mean().item() > 0.5, distances
     again = model.sample(classes[8:16], range(8, 16), batch_size=8, smooth=smooth)  # another replay of the same graph
     assert torch.equal(again, found[8:16])
     other = model.sample(classes[:8], range(8), batch_size=8, smooth=smooth, seed=1)

@@ -14,6 +14,9 @@ from varcli.errors import ConfigError, unknown_name
 KERNELS = ("torch", "triton")
 """How a transformer is computed: by torch alone, or by the operators of this room, too."""
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Whether Triton is installed."""
+
 _OLDEST_GPU = (8, 0)  # compute capability, of Triton's
 
 
@@ -24,14 +27,13 @@ def resolve_kernels(name: str, device: torch.device) -> str:
     """
     if name not in ("auto", *KERNELS):
         raise unknown_name("kernels", name, ["auto", *KERNELS])
-    has_triton = importlib.util.find_spec("triton") is not None
     if name == "auto":
         is_served = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _OLDEST_GPU
-        return "triton" if is_served and has_triton else "torch"
+        return "triton" if is_served and HAS_TRITON else "torch"
     if name == "triton" and device.type != "cuda":
         raise ConfigError(
             f"kernels `triton` need a CUDA GPU, but the device is {device.type}", "`auto` takes what runs here"
         )
-    if name == "triton" and not has_triton:
+    if name == "triton" and not HAS_TRITON:
         raise ConfigError("kernels `triton` were asked for, but Triton is not installed", "`auto` takes what runs here")
     return name

@@ -16,8 +16,9 @@ from torch import Tensor
 from varcli.kernels.attention_triton import LOG2_E, Tiling, cut_tiles, end_of, pick, sizes_of, start_of
 from varcli.kernels.qk_triton import LONGEST_INVERSE
 
-QUERY_TILES = Tiling(64, 64, 4, 3)
-KEY_TILES = Tiling(64, 64, 4, 2, 168)
+# registers as few as let four programs share a multiprocessor of an H100 (examples/benchmarks/attention_shapes.py)
+QUERY_TILES = Tiling(64, 32, 4, 4, 128)
+KEY_TILES = Tiling(64, 64, 4, 3)
 
 
 @triton.jit

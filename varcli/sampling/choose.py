@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from varcli.kernels import HAS_TRITON
 from varcli.order.base import Order
 from varcli.sampling.logits import draw, guide, smooth_vectors, truncate
 from varcli.sampling.noise import STREAM_CODES, STREAM_SMOOTH, KeyedNoise, Noise, salt
@@ -29,7 +28,7 @@ class CodeChooser:
         self.order, self.codebook_VZ, self.noise, self.config = order, codebook_VZ, noise, config
         self.is_bad = torch.zeros((), dtype=torch.int32, device=codebook_VZ.device)
         self.drawn: list[Tensor] = []
-        self.is_fused = codebook_VZ.is_cuda and isinstance(noise, KeyedNoise) and not config.smooth and _has_triton()
+        self.is_fused = codebook_VZ.is_cuda and isinstance(noise, KeyedNoise) and not config.smooth and HAS_TRITON
 
     def __call__(self, step: int, wanted_BlV: Tensor, unwanted_BlV: Tensor | None, strength: float) -> Tensor:
         """See `Choose`."""
@@ -55,8 +54,3 @@ class CodeChooser:
         config, noise = self.config, (self.noise.keys_B, salt(step, STREAM_CODES))
         codes = draw_codes(wanted_BlV, unwanted_BlV, *noise, strength, config.top_k, config.top_p, self.is_bad)
         return self.order.lookup(codes)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
