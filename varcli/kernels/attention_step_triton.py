@@ -1,8 +1,8 @@
-"""Triton kernel of `varcli.kernels.attention` for one step over a cache: from the product of q, k and v to what is seen.
+"""Triton kernels of `varcli.kernels.attention` for one step over a cache: from the product of q, k and v to what is seen.
 
-A program takes one head of some queries. It sees what earlier steps left in the cache, then the step's own keys, which it
-normalises as it reads them, as no program can wait for what another one writes; those of its own tokens it leaves in the
-cache for later steps.
+One leaves the step's keys, of unit length, and its values in the cache. A program of the other takes one head of some queries,
+normalises them and sees the cache. One kernel for both had to normalise the step's keys in each program that sees them,
+which took twice the time at 64 images.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from varcli.kernels.attention_triton import see
 from varcli.kernels.qk_triton import SHORTEST
 
-# tokens of a program, at most, and of the keys that it looks at together: three programs a multiprocessor of an H100; not timed
-_QUERIES, _KEYS = 64, 64
+_TOKENS = 32  # of a program that fills the cache
+_QUERIES, _KEYS = 64, 64  # of a program that sees it, at most, and the keys that it looks at together
 
 
 @triton.jit
@@ -24,39 +24,43 @@ def _unit_length(x):
     return x * (1 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), SHORTEST))[:, None]
 
 
-@triton.jit
-def _own_pair(
-    qkv_ptr, v_bias, tokens, length, columns,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr,
+@triton.jit(do_not_specialize=["length", "before"])  # else steps differ, and each kind takes a second to compile
+def _varcli_keep_step(
+    qkv_ptr, v_bias_ptr, k_ptr, v_ptr, sample_stride, head_stride, token_stride, length, before,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of these tokens of the step, as the cache keeps them; what comes after the last must not be seen."""
-    dtype = qkv_ptr.dtype.element_ty
+    head, sample = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     inside = (tokens < length)[:, None] & (columns < WIDTH)[None, :]
-    at = tokens[:, None] * (3 * HEADS * WIDTH) + columns[None, :]
+    at = ((sample * length + tokens) * 3 * HEADS + head)[:, None] * WIDTH + columns[None, :]
     k = tl.load(qkv_ptr + at + HEADS * WIDTH, mask=inside, other=0).to(tl.float32)
-    v = tl.load(qkv_ptr + at + 2 * HEADS * WIDTH, mask=inside, other=0).to(tl.float32) + v_bias[None, :]
-    return _unit_length(k).to(dtype), v.to(dtype)
+    v = tl.load(qkv_ptr + at + 2 * HEADS * WIDTH, mask=inside, other=0).to(tl.float32)
+    v_bias = tl.load(v_bias_ptr + head * WIDTH + columns, mask=columns < WIDTH, other=0).to(tl.float32)
+    at = sample * sample_stride + head * head_stride + (before + tokens)[:, None] * token_stride + columns[None, :]
+    tl.store(k_ptr + at, _unit_length(k).to(k_ptr.dtype.element_ty), mask=inside)
+    tl.store(v_ptr + at, (v + v_bias[None, :]).to(v_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _cached_piece(
-    q, k_ptr, v_ptr, start, before, columns, token_stride, peak, total, out,
+    q, k_ptr, v_ptr, start, end, columns, token_stride, peak, total, out,
     SCALE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, IS_CUT: tl.constexpr,
 ):  # fmt: skip
     keys = start + tl.arange(0, KEYS)
     inside = columns[None, :] < WIDTH
     if IS_CUT:
-        inside &= (keys < before)[:, None]
+        inside &= (keys < end)[:, None]
     at = keys[:, None] * token_stride + columns[None, :]
     k = tl.load(k_ptr + at, mask=inside, other=0)
     v = tl.load(v_ptr + at, mask=inside, other=0)
-    return see(q, k, v, (keys < before)[None, :], peak, total, out, SCALE, IS_CUT)
+    return see(q, k, v, (keys < end)[None, :], peak, total, out, SCALE, IS_CUT)
 
 
-@triton.jit(do_not_specialize=["length", "before"])  # else steps differ, and each kind takes a second to compile
+@triton.jit(do_not_specialize=["length", "end"])
 def _varcli_attend_step(
-    qkv_ptr, q_bias_ptr, v_bias_ptr, log_scale_ptr, k_ptr, v_ptr, out_ptr,
-    sample_stride, head_stride, token_stride, length, before, cap,
+    qkv_ptr, q_bias_ptr, log_scale_ptr, k_ptr, v_ptr, out_ptr,
+    sample_stride, head_stride, token_stride, length, end, cap,
     SCALE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -64,38 +68,27 @@ def _varcli_attend_step(
     columns = tl.arange(0, BLOCK)
     tokens = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     inside = (tokens < length)[:, None] & (columns < WIDTH)[None, :]
-    qkv_ptr += sample * length * 3 * HEADS * WIDTH + head * WIDTH
     k_ptr += sample * sample_stride + head * head_stride
     v_ptr += sample * sample_stride + head * head_stride
+    rows = sample * length + tokens
+    at = (rows * 3 * HEADS + head)[:, None] * WIDTH + columns[None, :]
     q_bias = tl.load(q_bias_ptr + head * WIDTH + columns, mask=columns < WIDTH, other=0).to(tl.float32)
-    v_bias = tl.load(v_bias_ptr + head * WIDTH + columns, mask=columns < WIDTH, other=0).to(tl.float32)
     scale = tl.exp(tl.minimum(tl.load(log_scale_ptr + head).to(tl.float32), cap))
-    at = tokens[:, None] * (3 * HEADS * WIDTH) + columns[None, :]
     q = tl.load(qkv_ptr + at, mask=inside, other=0).to(tl.float32) + q_bias[None, :]
     q = (_unit_length(q) * scale).to(qkv_ptr.dtype.element_ty)
-
-    kept_k, kept_v = _own_pair(qkv_ptr, v_bias, tokens, length, columns, HEADS, WIDTH)
-    at = (before + tokens)[:, None] * token_stride + columns[None, :]
-    tl.store(k_ptr + at, kept_k, mask=inside)
-    tl.store(v_ptr + at, kept_v, mask=inside)
-
     peak = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     out = tl.zeros((QUERIES, BLOCK), tl.float32)
-    whole = before // KEYS * KEYS
+    whole = end // KEYS * KEYS
     for start in range(0, whole, KEYS):
         peak, total, out = _cached_piece(
-            q, k_ptr, v_ptr, start, before, columns, token_stride, peak, total, out, SCALE, WIDTH, KEYS, False
+            q, k_ptr, v_ptr, start, end, columns, token_stride, peak, total, out, SCALE, WIDTH, KEYS, False
         )
-    for start in range(whole, before, KEYS):
+    for start in range(whole, end, KEYS):
         peak, total, out = _cached_piece(
-            q, k_ptr, v_ptr, start, before, columns, token_stride, peak, total, out, SCALE, WIDTH, KEYS, True
+            q, k_ptr, v_ptr, start, end, columns, token_stride, peak, total, out, SCALE, WIDTH, KEYS, True
         )
-    for start in range(0, length, KEYS):
-        keys = start + tl.arange(0, KEYS)
-        k, v = _own_pair(qkv_ptr, v_bias, keys, length, columns, HEADS, WIDTH)
-        peak, total, out = see(q, k, v, (keys < length)[None, :], peak, total, out, SCALE, True)
-    at = ((sample * length + tokens) * HEADS + head)[:, None] * WIDTH + columns[None, :]
+    at = (rows * HEADS + head)[:, None] * WIDTH + columns[None, :]
     tl.store(out_ptr + at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -117,28 +110,39 @@ def launch_step(
     assert qkv_BlC.dtype == k_BnLd.dtype == v_BnLd.dtype, (qkv_BlC.dtype, k_BnLd.dtype, v_BnLd.dtype)
     (batch, length, channels), heads = qkv_BlC.shape, log_scale.numel()
     width = channels // (3 * heads)
-    out = qkv_BlC.new_empty(batch, length, heads, width)
+    end, strides = k_BnLd.shape[2], k_BnLd.stride()[:3]
+    qkv_BlC, out = qkv_BlC.contiguous(), qkv_BlC.new_empty(batch, length, heads, width)
     queries = min(_QUERIES, max(16, triton.next_power_of_2(length)))
+    sizes = {"HEADS": heads, "WIDTH": width, "BLOCK": max(16, triton.next_power_of_2(width))}
     with torch.cuda.device_of(qkv_BlC):
-        _varcli_attend_step[(triton.cdiv(length, queries), heads, batch)](
-            qkv_BlC.contiguous(),
-            q_bias_C.contiguous(),
+        _varcli_keep_step[(heads, triton.cdiv(length, _TOKENS), batch)](
+            qkv_BlC,
             v_bias_C.contiguous(),
+            k_BnLd,
+            v_BnLd,
+            *strides,
+            length,
+            end - length,
+            TOKENS=_TOKENS,
+            num_warps=4,
+            **sizes,
+        )
+        _varcli_attend_step[(triton.cdiv(length, queries), heads, batch)](
+            qkv_BlC,
+            q_bias_C.contiguous(),
             log_scale.contiguous(),
             k_BnLd,
             v_BnLd,
             out,
-            *k_BnLd.stride()[:3],
+            *strides,
             length,
-            k_BnLd.shape[2] - length,
+            end,
             cap,
             SCALE=scale,
-            HEADS=heads,
-            WIDTH=width,
-            BLOCK=max(16, triton.next_power_of_2(width)),
             QUERIES=queries,
             KEYS=_KEYS,
             num_warps=4,
             num_stages=3,
+            **sizes,
         )
     return out

@@ -106,22 +106,23 @@ def _draw_row(
 
     # floats in the order of their bits, so that a limit can be found by cutting the numbers between two in three
     bits = value.to(tl.int32, bitcast=True)
-    rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    highest = tl.max(tl.where(is_code, rank, -2147483648), 0).to(tl.int64)
+    rank = tl.where(is_code, bits ^ ((bits >> 31) & 0x7FFFFFFF), -2147483648)
+    highest = tl.max(rank, 0).to(tl.int64)
     limit = tl.min(tl.where(is_code, rank, 2147483647), 0).to(tl.int64)
-    if HAS_TOP_K:  # the largest limit that at least k codes reach
+    if HAS_TOP_K:  # the largest limit that at least k codes reach, or one that k codes reach
         high = highest
         while limit < high:
             first = limit + (high - limit + 2) // 3
             second = limit + (2 * (high - limit) + 2) // 3
             # both counts in one sum
             reached = tl.where(rank >= first.to(tl.int32), 1, 0) + tl.where(rank >= second.to(tl.int32), SECOND, 0)
-            counts = tl.sum(tl.where(is_code, reached, 0).to(tl.int32 if SECOND < 2**31 else tl.int64), 0)
+            counts = tl.sum(reached.to(tl.int32 if SECOND < 2**31 else tl.int64), 0)
             if counts // SECOND >= top_k:
                 limit = second
+                high = tl.where(counts // SECOND == top_k, second, high)
             elif counts % SECOND >= top_k:
                 limit = first
-                high = second - 1
+                high = tl.where(counts % SECOND == top_k, first, second - 1)
             else:
                 high = first - 1
     if HAS_TOP_P:  # the smallest limit above which less than p of the kept probability lies
