@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 # functions of torch.nn.init and tensors that return what they change: on the meta device some import sympy or the compiler
 _LEFT_OUT = ("normal_", "uniform_", "div_", "erfinv_", "clamp_")
+_ON_META = threading.Lock()  # torch keeps the device that it returns to for all threads together
 _HINT = "its config and its weights do not belong together"
 
 
@@ -32,7 +34,7 @@ def without_weights() -> Iterator[None]:
                 return args[0] if args else kwargs["tensor"]
             return func(*args, **(kwargs or {}))
 
-    with torch.device("meta"), NoDraws():
+    with _ON_META, torch.device("meta"), NoDraws():
         yield
 
 

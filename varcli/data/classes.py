@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import runpy
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from varcli.errors import DataError, unknown_name
 
@@ -91,7 +94,16 @@ class ClassNames(Sequence[str]):
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """Return ImageNet-1k's class names in the order of its labels, from torchvision (which takes seconds to import)."""
+    """Return ImageNet-1k's class names in the order of its labels, from torchvision.
+
+    Reads its list alone where that still lies where it lay: importing torchvision takes seconds.
+    """
+    package = importlib.util.find_spec("torchvision")
+    if package is not None and package.origin is not None:
+        file = Path(package.origin).parent / "models" / "_meta.py"
+        names = runpy.run_path(str(file)).get("_IMAGENET_CATEGORIES", ()) if file.is_file() else ()
+        if len(names) == NUM_IMAGENET:
+            return tuple(names)
     from torchvision.models import ResNet18_Weights
 
     return tuple(ResNet18_Weights.DEFAULT.meta["categories"])

@@ -36,7 +36,7 @@ def _is_timed_on(device: torch.device) -> bool:
 
 @functools.cache
 def introduce() -> None:
-    """Let torch.compile meet the operator alone, before it meets it deep in a tokenizer's encoder or decoder.
+    """Let torch.compile meet the operators of maps alone, before it meets them deep in a tokenizer's encoder or decoder.
 
     And let it ask which GPU it is without breaking its graph.
 
@@ -44,10 +44,24 @@ def introduce() -> None:
     block doubles, so that it did not end within minutes. 2.14 writes it when the log is read.
     """
     torch.compiler.assume_constant_result(_is_timed_on)  # here, since it brings the compiler, which takes seconds
+    sides = 8, POSITIONS // 8
     maps, weight = torch.zeros(1, POSITIONS, DEPTH), torch.zeros(9 * DEPTH, _OUT)
+    bias, phase_bias = torch.zeros(DEPTH), torch.zeros(DEPTH // 4)
+
+    def each(maps, weight, bias, phase_bias):
+        operators = torch.ops.varcli
+        return (
+            operators.conv3x3(maps, weight, None, None, *sides),
+            operators.channel_sums(maps, None),
+            operators.add_residual(maps, None, bias),
+            operators.add_with_margin(maps, maps, bias, *sides),
+            operators.interleave_phases(maps, phase_bias, sides[0] - 1, sides[1] - 1),
+            operators.scale_and_shift(maps, bias[None], bias[None], True),
+        )
+
     # what comes from a cache is not met, and torch warns that there is none
     with warnings.catch_warnings(action="ignore"), torch.compiler.config.patch(force_disable_caches=True):
-        torch.compile(torch.ops.varcli.conv3x3, dynamic=False)(maps, weight, None, None, 8, POSITIONS // 8)
+        torch.compile(each, dynamic=False)(maps, weight, bias, phase_bias)
 
 
 def conv3x3(

@@ -7,6 +7,7 @@ import itertools
 import operator
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,11 @@ class Generator:
         """
         folder, where = find_model(name).folder, resolve_device(device)
         dtype = resolve_precision(precision, where)
-        transformer, manifest = load_transformer(folder / "transformer", where, dtype, fp8)
-        tokenizer = load_tokenizer(folder / "tokenizer", where)
-        wanted, found = manifest.info.get("tokenizer"), tokenizer.fingerprint()
+        with ThreadPoolExecutor(1) as pool:  # most of either is reading, and digests of what was read
+            other = pool.submit(_load_tokenizer, folder / "tokenizer", where)
+            transformer, manifest = load_transformer(folder / "transformer", where, dtype, fp8)
+            tokenizer, found = other.result()
+        wanted = manifest.info.get("tokenizer")
         if wanted is not None and wanted != found:
             raise ArtifactError(
                 f"the transformer in `{folder}` was trained on codes of tokenizer {wanted[:6]}, but the one beside it is "
@@ -340,6 +343,13 @@ class Generator:
             entry = operator.index(entry)  # numpy's and torch's whole numbers, too
         no_class = self.transformer.config.num_classes
         return no_class if entry == no_class else self.classes.resolve(entry)
+
+
+def _load_tokenizer(folder: Path, device: torch.device) -> tuple[VQVAE, str]:
+    """A tokenizer and its fingerprint."""
+    tokenizer = load_tokenizer(folder)
+    fingerprint = tokenizer.fingerprint()
+    return tokenizer.to(device), fingerprint
 
 
 def to_pixels(tokenizer: VQVAE, f_hat_BZhw: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from varcli import config as configs
 from varcli.artifacts.manifest import Manifest, write_manifest
 from varcli.artifacts.verify import read_checked_tensors, read_manifest, require_finite
-from varcli.artifacts.weights import load_state
+from varcli.artifacts.weights import load_state, without_weights
 from varcli.artifacts.write import prepare_folder, write_tensors
 from varcli.errors import ArtifactError
 from varcli.tokenizer.base import TokenizerConfig
@@ -57,8 +57,9 @@ def load_tokenizer(folder: Path, device: torch.device | str = "cpu") -> VQVAE:
     manifest = read_manifest(folder, KIND)
     if not isinstance(manifest.info.get("config"), dict):
         raise ArtifactError(f"the manifest of `{folder}` holds no tokenizer config", "restore it, or import it again")
-    tokenizer = VQVAE(configs.from_dict(TokenizerConfig, manifest.info["config"]))
+    with without_weights():
+        tokenizer = VQVAE(configs.from_dict(TokenizerConfig, manifest.info["config"]))
     state = read_checked_tensors(folder, WEIGHTS_NAME, manifest)
     require_finite(state, f"`{folder}`")
-    load_state(tokenizer, {name: tensor.float() for name, tensor in state.items()}, folder)
+    load_state(tokenizer, {name: tensor.float() for name, tensor in state.items()}, folder, assign=True)
     return tokenizer.to(device).eval().requires_grad_(False)

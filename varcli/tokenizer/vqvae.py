@@ -69,5 +69,5 @@ class VQVAE(nn.Module):
         for name, tensor in sorted(self.state_dict().items()):
             if name != "quantizer.usage_KV":
                 digest.update(f"{name}{tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+                digest.update(tensor.detach().float().cpu().contiguous().numpy())
         return digest.hexdigest()[:16]
