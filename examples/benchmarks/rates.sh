@@ -15,13 +15,8 @@ bench() {
 }
 
 train() {  # depth, batch
-  bench train --depth "$1" --batch-size "$2" --compile --kernels torch --json
-  bench train --depth "$1" --batch-size "$2" --compile --kernels triton --json
-}
-
-fused() {  # depth, batch
-  bench train --depth "$1" --batch-size "$2" --compile --kernels triton --kernels fused --json
-  bench train --depth "$1" --batch-size "$2" --compile --kernels triton --kernels fused --fp8 --json
+  bench train --depth "$1" --batch-size "$2" --compile --json
+  bench train --depth "$1" --batch-size "$2" --compile --fp8 --json
 }
 
 sample() {  # depth, further options
@@ -38,19 +33,14 @@ scaling() {  # processes
 [ $# -gt 0 ] || set -- help
 for group in "$@"; do
   case "$group" in
-    train-16) train 16 96 ;;
+    train-16) train 16 96; train 16 160 ;;
     train-20) train 20 64 ;;
     train-24) train 24 32 ;;
-    train-30) train 30 16 ;;
-    fused-16) fused 16 96 ;;
-    fused-20) fused 20 64 ;;
-    fused-24) fused 24 32 ;;
-    fused-30) fused 30 24 ;;
+    train-30) train 30 24 ;;
     sample-16) sample 16 ;;
     sample-30) sample 30 ;;
     sample-16-fp8) sample 16 --fp8 ;;
     sample-30-fp8) sample 30 --fp8 ;;
-    sample-16-fused) sample 16 --kernels fused ;;
     scaling-2) scaling 2 ;;
     scaling-8) scaling 8 ;;
     tokenize)

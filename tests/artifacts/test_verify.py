@@ -132,9 +132,19 @@ def test_files_that_are_not_honest_safetensors_are_one_clear_error(data, tmp_pat
         parse_tensors(data, tmp_path / "weights.safetensors")
 
 
-def test_nan_and_infinity_are_named():
-    with pytest.raises(ArtifactError, match="broken"):
-        require_finite({"fine": torch.zeros(2), "broken": torch.tensor([1.0, float("nan")])}, "the file")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_are_named(value, dtype):
+    fine = {
+        "fine": torch.tensor([-2.0, 3.0]).to(dtype),
+        "empty": torch.zeros(0, dtype=dtype),
+        "count": torch.zeros(2).long(),
+    }
+    require_finite(fine, "the file")
+    broken = torch.zeros(1000)
+    broken[501] = value
+    with pytest.raises(ArtifactError, match="in: broken"):
+        require_finite({**fine, "broken": broken.to(dtype)}, "the file")
 
 
 def test_a_torn_last_log_line_is_dropped(tmp_path):

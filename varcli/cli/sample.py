@@ -99,7 +99,7 @@ def sample(
         Option(
             "--fp8",
             help="Large products in FP8, with bf16, from H100 or L40S on, and their weights in half the memory; other "
-            "pictures, marked -fp8 in results; not yet measured on a GPU.",
+            "pictures, marked -fp8 in results.",
         ),
     ] = False,
     compile_: Annotated[

@@ -85,8 +85,7 @@ class Generator:
         """Load a model or run by path or name; None takes the newest run in runs/, else the one that comes with varcli.
 
         precision: of `SampleConfig`; in half precision the transformer takes half the memory, and samples in that alone.
-        fp8: beside bf16, the weights of the large products are rounded to FP8, a quarter of the memory, and multiplied in it;
-        not yet measured on a GPU.
+        fp8: beside bf16, the weights of the large products are rounded to FP8, a quarter of the memory, and multiplied in it.
         Raises ArtifactError if there is none, it is damaged, or tokenizer and transformer do not belong together;
         ConfigError if the device has no FP8.
         """

@@ -290,12 +290,16 @@ class Transformer(nn.Module):
     def keep_products_in(self, dtype: torch.dtype) -> None:
         """Keep the weights of matrix products in half precision: what autocast computes, without its copies.
 
-        The input projection, embeddings, temperatures and the biases of queries and values stay float32. What
+        The input projection, embeddings, temperatures and the biases of queries and values are float32 from then on. What
         `keep_in_fp8` has rounded stays so.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear) and module is not self.input_projection and not is_kept_in_fp8(module):
-                module.to(dtype)
+            if isinstance(module, nn.Linear) and module is not self.input_projection:
+                if not is_kept_in_fp8(module):
+                    module.to(dtype)
+            else:
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.float()
 
     def keep_in_fp8(self, device: torch.device | None = None) -> None:
         """Keep the weights of each block's four large products in FP8 alone, for products in FP8; the rest as for bfloat16.

@@ -62,7 +62,9 @@ def load_transformer(
     require_finite(state, f"`{folder}`")
     with without_weights():
         model = Transformer(config)
-    load_state(model, {name: tensor.float() for name, tensor in state.items()}, folder, assign=True)
+    load_state(model, state, folder, assign=True)
+    if dtype == torch.float32:
+        model.float()
     if fp8:
         model.keep_in_fp8(torch.device(device))
     elif dtype != torch.float32:
