@@ -1,4 +1,4 @@
-"""Time the fused attention kernels in the shapes that may be good, beside an attention a step by torch's own kernels.
+"""Time the attention kernels in several tilings, beside an attention a step by torch's own kernels.
 
     python3 examples/benchmarks/attention_shapes.py            the layer of depth 16 at 256 px, 96 images; needs a CUDA GPU
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from varcli.data.classes import ClassNames
+import varcli
+from varcli.data.classes import ClassNames, imagenet_names
 from varcli.errors import DataError
 
 
@@ -47,6 +52,17 @@ def test_a_thousand_unnamed_classes_are_imagenet():
     names = ClassNames.of(None, 1000)
     assert names.resolve("golden retriever") == names.resolve("Golden Retriever") == 207
     assert ClassNames.of([], 3).names == ("0", "1", "2")
+
+
+def test_imagenets_names_are_torchvisions_and_need_not_all_of_it(monkeypatch):
+    from torchvision.models import ResNet18_Weights
+
+    wanted = tuple(ResNet18_Weights.DEFAULT.meta["categories"])
+    assert imagenet_names() == wanted
+    code = "import sys, varcli.data.classes as it; it.imagenet_names(); sys.exit('torchvision' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(varcli.__file__).parents[1], check=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # where the list is elsewhere
+    assert imagenet_names() == wanted
 
 
 def test_a_thousand_wordnet_ids_answer_to_imagenet_names():

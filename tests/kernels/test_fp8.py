@@ -40,6 +40,14 @@ def test_rows_are_rounded_as_worked_out_by_hand():
     assert rounded.float().tolist() == [[448.0, 0.3125, -1.125, 144.0]] * 2
 
 
+def test_a_gradient_that_is_not_finite_makes_its_own_row_so_alone():
+    x, weight, grad = inputs()
+    grad[0, 3, 5], grad[1, 7, 2] = float("nan"), float("inf")
+    is_finite = results(fp8_product, x, weight, grad)[1].isfinite()
+    assert is_finite.sum(dim=(1, 2)).tolist() == [39 * 128, 39 * 128]
+    assert not is_finite[0, 3].any() and not is_finite[1, 7].any()
+
+
 def test_the_operator_keeps_torchs_rules():
     x, *_ = inputs()
     torch.library.opcheck(torch.ops.varcli.round_rows, (x[0].detach(),))

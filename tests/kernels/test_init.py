@@ -24,6 +24,13 @@ def test_triton_needs_a_gpu():
         resolve_kernels("triton", torch.device("cpu"))
 
 
+def test_amds_gpus_take_torch(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert resolve_kernels("auto", torch.device("cuda")) == "torch"
+    with pytest.raises(ConfigError, match="an AMD GPU"):
+        resolve_kernels("triton", torch.device("cuda"))
+
+
 def test_unknown_kernels_are_refused():
     with pytest.raises(ConfigError, match="tritan"):
         resolve_kernels("tritan", torch.device("cuda"))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # functions of torch.nn.init and tensors that return what they change: on the meta device some import sympy or the compiler
 _LEFT_OUT = ("normal_", "uniform_", "div_", "erfinv_", "clamp_")
-_ON_META = threading.Lock()  # torch keeps the device that it returns to for all threads together
+_ON_META = threading.Lock()  # threads here take turns: torch keeps one device to return to for all
 _HINT = "its config and its weights do not belong together"
 
 

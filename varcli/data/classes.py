@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import runpy
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -98,12 +97,16 @@ def imagenet_names() -> tuple[str, ...]:
 
     Reads its list alone where that still lies where it lay: importing torchvision takes seconds.
     """
-    package = importlib.util.find_spec("torchvision")
-    if package is not None and package.origin is not None:
-        file = Path(package.origin).parent / "models" / "_meta.py"
-        names = runpy.run_path(str(file)).get("_IMAGENET_CATEGORIES", ()) if file.is_file() else ()
+    try:
+        file = Path(importlib.util.find_spec("torchvision").origin).parent / "models" / "_meta.py"
+        spec = importlib.util.spec_from_file_location("_varcli_imagenet", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        names = tuple(module._IMAGENET_CATEGORIES)
         if len(names) == NUM_IMAGENET:
-            return tuple(names)
+            return names
+    except (ImportError, AttributeError, OSError, SyntaxError, ValueError):  # a list that is private may move
+        pass
     from torchvision.models import ResNet18_Weights
 
     return tuple(ResNet18_Weights.DEFAULT.meta["categories"])

@@ -21,18 +21,20 @@ _OLDEST_GPU = (8, 0)  # compute capability, of Triton's
 
 
 def resolve_kernels(name: str, device: torch.device) -> str:
-    """Turn "auto" or one of KERNELS into one that is there: "auto" is triton on CUDA GPUs that it serves, else torch.
+    """Turn "auto" or one of KERNELS into one that is there: "auto" is triton on NVIDIA GPUs that it serves, else torch.
 
-    Raises ConfigError for another name, and for triton where there is no CUDA GPU or no Triton.
+    Raises ConfigError for another name, and for triton where there is no NVIDIA GPU or no Triton.
     """
+    is_nvidia = device.type == "cuda" and not torch.version.hip
     if name not in ("auto", *KERNELS):
         raise unknown_name("kernels", name, ["auto", *KERNELS])
     if name == "auto":
-        is_served = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _OLDEST_GPU
+        is_served = is_nvidia and torch.cuda.get_device_capability(device) >= _OLDEST_GPU
         return "triton" if is_served and HAS_TRITON else "torch"
-    if name == "triton" and device.type != "cuda":
+    if name == "triton" and not is_nvidia:
+        found = "an AMD GPU" if device.type == "cuda" else device.type
         raise ConfigError(
-            f"kernels `triton` need a CUDA GPU, but the device is {device.type}", "`auto` takes what runs here"
+            f"kernels `triton` need an NVIDIA GPU with CUDA, but the device is {found}", "`auto` takes what runs here"
         )
     if name == "triton" and not HAS_TRITON:
         raise ConfigError("kernels `triton` were asked for, but Triton is not installed", "`auto` takes what runs here")

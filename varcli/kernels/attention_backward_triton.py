@@ -16,7 +16,8 @@ from torch import Tensor
 from varcli.kernels.attention_triton import LOG2_E, Tiling, cut_tiles, end_of, pick, sizes_of, start_of
 from varcli.kernels.qk_triton import LONGEST_INVERSE
 
-# registers as few as let four programs share a multiprocessor of an H100 (examples/benchmarks/attention_shapes.py)
+# the fastest of several on an H100 (examples/benchmarks/training_rates.md): registers as few as let four programs share a
+# multiprocessor gained for queries, while for keys and values any limit lost
 QUERY_TILES = Tiling(64, 32, 4, 4, 128)
 KEY_TILES = Tiling(64, 64, 4, 3)
 

@@ -1,8 +1,8 @@
 """Triton kernels of `varcli.kernels.attention` for one step over a cache: from the product of q, k and v to what is seen.
 
 One leaves the step's keys, of unit length, and its values in the cache. A program of the other takes one head of some queries,
-normalises them and sees the cache. One kernel for both had to normalise the step's keys in each program that sees them,
-which took twice the time at 64 images.
+normalises them and sees the cache. One kernel for both had to normalise the step's keys in each program that sees them: 150
+in place of 154 ms for 64 images of depth 16 on an H100 (examples/benchmarks/sampling.md).
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from varcli.kernels.attention_triton import see
 from varcli.kernels.qk_triton import SHORTEST
 
 _TOKENS = 32  # of a program that fills the cache
-_QUERIES, _KEYS = 64, 64  # of a program that sees it, at most, and the keys that it looks at together
+_QUERIES, _KEYS = (
+    64,
+    64,
+)  # of a program that sees it, at most, and the keys that it looks at together, as the fastest forward
 
 
 @triton.jit

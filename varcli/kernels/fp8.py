@@ -3,8 +3,8 @@
 Every row of what is multiplied, along the contracted dimension, has a scale of its own, so that one large row costs no
 other row its digits. The gradient to a weight stays a bfloat16 product: it sums over all tokens, whose gradients differ
 most in size, and it is what training adds up. Features and weights are rounded in plain torch, which torch.compile joins to
-what makes them; gradients, whose rows are up to 3C wide, by Triton, which reads a row once. On a CPU the same rounded numbers
-are multiplied in float32.
+what makes them; the gradients that come to `fp8_product`, whose rows may be 3C wide, by Triton, which reads a row once. On a
+CPU the same rounded numbers are multiplied in float32.
 """
 
 from __future__ import annotations

@@ -92,9 +92,10 @@ class Generator:
         folder, where = find_model(name).folder, resolve_device(device)
         dtype = resolve_precision(precision, where)
         with ThreadPoolExecutor(1) as pool:  # most of either is reading, and digests of what was read
-            other = pool.submit(_load_tokenizer, folder / "tokenizer", where)
+            other = pool.submit(_load_tokenizer, folder / "tokenizer")
             transformer, manifest = load_transformer(folder / "transformer", where, dtype, fp8)
             tokenizer, found = other.result()
+        tokenizer.to(where)  # here: which GPU `cuda` is, each thread says for itself
         wanted = manifest.info.get("tokenizer")
         if wanted is not None and wanted != found:
             raise ArtifactError(
@@ -344,11 +345,10 @@ class Generator:
         return no_class if entry == no_class else self.classes.resolve(entry)
 
 
-def _load_tokenizer(folder: Path, device: torch.device) -> tuple[VQVAE, str]:
-    """A tokenizer and its fingerprint."""
+def _load_tokenizer(folder: Path) -> tuple[VQVAE, str]:
+    """A tokenizer on the CPU, and its fingerprint."""
     tokenizer = load_tokenizer(folder)
-    fingerprint = tokenizer.fingerprint()
-    return tokenizer.to(device), fingerprint
+    return tokenizer, tokenizer.fingerprint()
 
 
 def to_pixels(tokenizer: VQVAE, f_hat_BZhw: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from varcli.errors import ConfigError
 from varcli.transformer import TransformerConfig
 
 # bytes that autograd keeps per token: of a block and channel beside the feed-forward layer's hidden ones, of a block and
-# hidden channel, and of a channel outside the blocks. Counted (tests/training/test_plan.py), but for what is compiled,
-# where d16 at 256 px took 42 a block and channel on an H100
+# hidden channel, and of a channel outside the blocks. Counted (tests/training/test_plan.py), but for what torch compiles, where
+# d16 at 256 px took 42 a block and channel on an H100; compiled by triton it took 36.7 there, where 37 are counted. Heads that
+# the attention of varcli.kernels does not serve keep 2 more, which _USABLE has room for
 _KEPT_BYTES = {
     ("torch", "half"): (47, 4, 11),
     ("torch", "compiled"): (28, 4, 11),
