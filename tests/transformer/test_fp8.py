@@ -77,8 +77,8 @@ def test_cached_steps_match_teacher_forced_logits(tiny_transformer, features, ch
     steps = torch.cat([model.step(x_BlZ, cache) for x_BlZ in (None, features[:, :4], features[:, 4:])], dim=1)
     assert steps.dtype == torch.bfloat16
     whole = model(LABELS, features)
-    # where bf16 rounds otherwise, a number may move by a step of FP8: .019 at most, and .026 by the formulas of fused attention,
-    # since a CPU computes steps over a cache by torch's own in bf16
+    # where bf16 rounds otherwise, a number may move by a step of FP8: .019 at most, and .026 by the formulas of fused
+    # attention, since a CPU computes steps over a cache by torch's own in bf16
     assert distance(steps, whole) < 0.03
     assert 0.005 < distance(whole, exact) < 0.2
     model.kernels = "triton" if kernels == "torch" else "torch"
