@@ -94,6 +94,7 @@ def test_run_again_it_goes_on_with_its_own_settings(place):
         (["--epochs", "1", "--steps", "2"], 1, "both say how long"),
         (["--depth", "1", "--set", "depth=2"], 1, "give one of them"),
         (["--name", "../evil"], 1, "use --out"),
+        (["--name", ""], 1, "use --out"),
         (["--seed", "-1"], 1, "--seed"),
         (["models/tiny"], 1, "is a tokenizer folder, but a codes folder is needed"),
         (["--tokenizer", "codes"], 1, "holds no tokenizer"),
@@ -116,6 +117,19 @@ def test_a_refused_run_leaves_nothing_and_the_corrected_one_runs(place):
     assert refused.exit_code == 1 and not (place / "runs" / "first").exists()
     corrected = train("--depth", "2", "--steps", "2", "--name", "first")
     assert corrected.exit_code == 0, corrected.stderr
+
+
+def test_what_another_run_would_take_is_not_foretold_and_other_steps_are_told(place):
+    assert train("--depth", "2", "--steps", "2", "--name", "first").exit_code == 0
+    refused = train("--depth", "3", "--steps", "2", "--name", "first")
+    assert refused.exit_code == 1 and "depth was 2, now 3" in refused.stderr and "parameters" not in refused.stderr
+    longer = train("--depth", "2", "--steps", "3", "--name", "first")
+    assert longer.exit_code == 0 and "going on from step 2 of 3, begun for 2" in longer.stderr
+
+
+def test_a_batch_larger_than_the_data_is_told(place):
+    result = train("--depth", "1", "--steps", "1", "--batch-size", "80")  # of 40 images
+    assert result.exit_code == 0 and "each step takes an image 2 times" in result.stderr
 
 
 def test_a_missing_gpu_is_said(place):

@@ -82,6 +82,14 @@ def test_other_settings_are_not_mixed(tmp_path):
             write(tmp_path / name, settings={"seed": 0, "cfg": 2.0})
 
 
+def test_a_folder_in_which_nothing_was_drawn_is_begun_anew(tmp_path):
+    """It was said to hold samples of other settings."""
+    write(tmp_path / "out", stop_after=0)
+    write(tmp_path / "out", settings={"seed": 1, "cfg": 1.5}, stop_after=1)
+    with pytest.raises(ConfigError, match="seed was 1, now 2"):
+        write(tmp_path / "out", settings={"seed": 2, "cfg": 1.5})
+
+
 def test_settings_with_tuples_are_the_same_again(tmp_path):
     settings = {"patch_nums": (1, 2), "model": None}
     write(tmp_path / "out", settings=settings, stop_after=2)

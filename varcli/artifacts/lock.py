@@ -53,7 +53,7 @@ def hold_folder(folder: Path, signs: Collection[str], what: str) -> Iterator[Non
     """
     is_new = not folder.exists()
     prepare_folder(folder, sweep=False)  # another process may be writing here: that is for the lock to say
-    names = _contents(folder)
+    names = contents_of(folder)
     if names and not set(signs) & set(names):
         raise ArtifactError(f"`{folder}` is not empty and holds no {what}: {names[0]!r}", "choose another --out")
     with lock_folder(folder):
@@ -61,7 +61,7 @@ def hold_folder(folder: Path, signs: Collection[str], what: str) -> Iterator[Non
         try:
             yield
         except BaseException:
-            if is_new and not _contents(folder):
+            if is_new and not contents_of(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # nothing came of it
             raise
 
@@ -82,7 +82,7 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-def _contents(folder: Path) -> list[str]:
+def contents_of(folder: Path) -> list[str]:
     """The sorted names of what lies in a folder, without its lock and what a killed run left half-written."""
     names = (entry.name for entry in folder.iterdir())
     return sorted(name for name in names if not name.startswith((LOCK_NAME, TEMPORARY_PREFIX)))

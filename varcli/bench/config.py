@@ -43,6 +43,7 @@ class BenchConfig:
         for name, value in (("depth", self.depth), ("repeats", self.repeats), *sizes):
             if value < 1:
                 raise ConfigError(f"{name} must be 1 or more, but is {value}")
+        _ = self.patch_nums  # sides that cannot be are refused before anything is measured
         if not self.batch_sizes:
             raise ConfigError("batch_sizes must hold one size or more")
         if not self.kernels:

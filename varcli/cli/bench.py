@@ -221,7 +221,8 @@ def _listed(words: Sequence[str]) -> str:
 
 def _label(entry: Measurement) -> str:
     together = f"{entry.parallel} x {entry.processes}" if entry.processes > 1 else None
-    parts = (entry.stage, entry.kernels, "fp8" if entry.is_fp8 else None, together)
+    compiled = "compiled" if entry.is_compiled else None
+    parts = (entry.stage, entry.kernels, entry.precision, "fp8" if entry.is_fp8 else None, compiled, together)
     return ", ".join(part for part in parts if part)
 
 

@@ -111,7 +111,7 @@ def train(
         raise ConfigError("`--name` and `--out` both say where the run goes", "give one of them")
     if steps is not None and epochs is not None:
         raise ConfigError("`--steps` and `--epochs` both say how long to train", "give one of them")
-    if name is not None and Path(name).name != name:
+    if name is not None and (not name or Path(name).name != name):
         raise ConfigError(f"`--name` is the name of a folder in runs/, but got `{name}`", "use --out for a path")
     options = {
         "depth": depth,

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from varcli import config as configs
-from varcli.artifacts.lock import hold_folder
+from varcli.artifacts.lock import contents_of, hold_folder
 from varcli.artifacts.manifest import MANIFEST_NAME, PLAN_NAME, FileEntry, Manifest, hash_file, write_manifest
 from varcli.artifacts.verify import read_manifest, read_plan
 from varcli.artifacts.write import atomic_path, write_json
@@ -284,7 +284,7 @@ class SamplesWriter(contextlib.AbstractContextManager["SamplesWriter"]):
     def _resume(self) -> None:
         if (self.out / MANIFEST_NAME).exists():
             begun = {key: read_manifest(self.out, SAMPLES_KIND).info.get(key) for key in self.settings}
-        elif (self.out / PLAN_NAME).exists():
+        elif set(contents_of(self.out)) > {PLAN_NAME}:  # with something that was drawn by it
             begun = read_plan(self.out, SAMPLES_KIND)
         else:
             begun = self.settings

@@ -168,6 +168,8 @@ class _Loop:
             others = (
                 f", with {self.world.size} processes instead of {self.before}" if self.before != self.world.size else ""
             )
+            begun = (self.run_folder.config or {}).get("steps", config.steps)
+            others += f", begun for {begun:,}" if begun != config.steps else ""
             self._report(f"going on from step {self.result.step:,} of {config.steps:,}{others}")
         self._look(self.pending)
         self.window_start = self.last_save = time.monotonic()

@@ -135,6 +135,11 @@ def _describe(trainer: TransformerTrainer, start_step: int, image_seconds: float
 
 def _notes(trainer: TransformerTrainer) -> tuple[str, ...]:
     notes = list(trainer.start_notes)
+    if trainer.batch_size > trainer.source.num_images:
+        times = trainer.batch_size / trainer.source.num_images
+        notes.append(
+            f"the batch is larger than the data: each step takes an image {times:.3g} times, and no signal stops it"
+        )
     if trainer.validation is None:
         notes.append("the codes have no val split: nothing is held out, so overfitting would not be seen")
     if trainer.model.num_parameters > 20 * trainer.source.num_images * trainer.model_config.seq_len:

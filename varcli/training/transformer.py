@@ -100,6 +100,7 @@ def train_transformer(
             stored={**(run.config or {}), **inherited},
             given=given,
         )
+        run.require_same(KIND, inputs, configs.to_dict(config), FREE)  # before anything is foretold of another run
         is_finished = run.is_finished(config.steps)
         trainer = TransformerTrainer(
             config,
