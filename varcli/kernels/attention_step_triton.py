@@ -12,14 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from varcli.kernels.attention_triton import see
+from varcli.kernels.attention_triton import see_piece
 from varcli.kernels.qk_triton import SHORTEST
 
 _TOKENS = 32  # of a program that fills the cache
-_QUERIES, _KEYS = (
-    64,
-    64,
-)  # of a program that sees it, at most, and the keys that it looks at together, as the fastest forward
+# of a program that sees it, at most, and the keys that it looks at together: as the fastest that sees all steps
+_QUERIES, _KEYS = 64, 64
 
 
 @triton.jit
@@ -45,21 +43,6 @@ def _varcli_keep_step(
     tl.store(v_ptr + at, (v + v_bias[None, :]).to(v_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _cached_piece(
-    q, k_ptr, v_ptr, start, end, columns, token_stride, peak, total, out,
-    SCALE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, IS_CUT: tl.constexpr,
-):  # fmt: skip
-    keys = start + tl.arange(0, KEYS)
-    inside = columns[None, :] < WIDTH
-    if IS_CUT:
-        inside &= (keys < end)[:, None]
-    at = keys[:, None] * token_stride + columns[None, :]
-    k = tl.load(k_ptr + at, mask=inside, other=0)
-    v = tl.load(v_ptr + at, mask=inside, other=0)
-    return see(q, k, v, (keys < end)[None, :], peak, total, out, SCALE, IS_CUT)
-
-
 @triton.jit(do_not_specialize=["length", "end"])
 def _varcli_attend_step(
     qkv_ptr, q_bias_ptr, log_scale_ptr, k_ptr, v_ptr, out_ptr,
@@ -82,15 +65,16 @@ def _varcli_attend_step(
     peak = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     out = tl.zeros((QUERIES, BLOCK), tl.float32)
+    ends = tokens * 0 + end
     whole = end // KEYS * KEYS
     for start in range(0, whole, KEYS):
-        peak, total, out = _cached_piece(
-            q, k_ptr, v_ptr, start, end, columns, token_stride, peak, total, out, SCALE, WIDTH, KEYS, False
-        )
+        peak, total, out = see_piece(
+            q, k_ptr, v_ptr, start, ends, columns, peak, total, out, end, token_stride, SCALE, WIDTH, KEYS, False
+        )  # fmt: skip
     for start in range(whole, end, KEYS):
-        peak, total, out = _cached_piece(
-            q, k_ptr, v_ptr, start, end, columns, token_stride, peak, total, out, SCALE, WIDTH, KEYS, True
-        )
+        peak, total, out = see_piece(
+            q, k_ptr, v_ptr, start, ends, columns, peak, total, out, end, token_stride, SCALE, WIDTH, KEYS, True
+        )  # fmt: skip
     at = (rows * HEADS + head)[:, None] * WIDTH + columns[None, :]
     tl.store(out_ptr + at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
 

@@ -79,35 +79,29 @@ def end_of(tokens, ENDS: tl.constexpr):
 
 
 @triton.jit
-def see(q, k, v, is_seen, peak, total, out, SCALE: tl.constexpr, IS_CUT: tl.constexpr):
-    """Let queries see further keys: their highest score so far times log2(e), the sum of weights below it, and what is seen.
+def see_piece(
+    q, k_ptr, v_ptr, start, ends, columns, peak, total, out, num_keys, token_stride,
+    SCALE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, IS_CUT: tl.constexpr,
+):  # fmt: skip
+    """Let queries see the keys from `start` on: their highest score so far times log2(e), the sum of weights below it, and out.
 
-    is_seen: which keys are, of which query; counts only if IS_CUT.
+    ends: where the keys that each query sees end; num_keys: where all do. Both count only if IS_CUT.
     """
+    keys = start + tl.arange(0, KEYS)
+    at = keys[:, None] * token_stride + columns[None, :]
+    inside = columns[None, :] < WIDTH
+    if IS_CUT:
+        inside &= (keys < num_keys)[:, None]
+    k = tl.load(k_ptr + at, mask=inside, other=0)
+    v = tl.load(v_ptr + at, mask=inside, other=0)
     scores = tl.dot(q, k.T, input_precision="ieee")
     if IS_CUT:
-        scores = tl.where(is_seen, scores, float("-inf"))
+        scores = tl.where(keys[None, :] < ends[:, None], scores, float("-inf"))
     higher = tl.maximum(peak, tl.max(scores, axis=1) * (SCALE * LOG2_E))
     weights = tl.exp2(scores * (SCALE * LOG2_E) - higher[:, None])  # one multiply-add each
     faded = tl.exp2(peak - higher)
     out = tl.dot(weights.to(v.dtype), v, out * faded[:, None], input_precision="ieee")
     return higher, total * faded + tl.sum(weights, axis=1), out
-
-
-@triton.jit
-def _attend_piece(
-    q, k_ptr, v_ptr, start, ends, columns, peak, total, out,
-    SCALE: tl.constexpr, END: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
-    IS_CUT: tl.constexpr,
-):  # fmt: skip
-    keys = start + tl.arange(0, KEYS)
-    at = keys[:, None] * STRIDE + columns[None, :]
-    inside = columns[None, :] < WIDTH
-    if IS_CUT:
-        inside &= (keys < END)[:, None]
-    k = tl.load(k_ptr + at, mask=inside, other=0)
-    v = tl.load(v_ptr + at, mask=inside, other=0)
-    return see(q, k, v, keys[None, :] < ends[:, None], peak, total, out, SCALE, IS_CUT)
 
 
 @triton.jit
@@ -135,12 +129,12 @@ def _varcli_attend(
     out = tl.zeros((QUERIES, BLOCK), tl.float32)
     seen_by_all = end_of(first, ENDS) // KEYS * KEYS
     for start in range(0, seen_by_all, KEYS):
-        peak, total, out = _attend_piece(
-            q, k_ptr, v_ptr, start, ends, columns, peak, total, out, SCALE, length, stride, WIDTH, KEYS, False
+        peak, total, out = see_piece(
+            q, k_ptr, v_ptr, start, ends, columns, peak, total, out, length, stride, SCALE, WIDTH, KEYS, False
         )  # fmt: skip
     for start in range(seen_by_all, end_of(last - 1, ENDS), KEYS):
-        peak, total, out = _attend_piece(
-            q, k_ptr, v_ptr, start, ends, columns, peak, total, out, SCALE, length, stride, WIDTH, KEYS, True
+        peak, total, out = see_piece(
+            q, k_ptr, v_ptr, start, ends, columns, peak, total, out, length, stride, SCALE, WIDTH, KEYS, True
         )  # fmt: skip
     tl.store(out_ptr + at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(level_ptr + (sample * HEADS + head) * length + tokens, peak + tl.log2(total), mask=tokens < last)

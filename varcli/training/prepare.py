@@ -138,7 +138,7 @@ def _notes(trainer: TransformerTrainer) -> tuple[str, ...]:
     if trainer.batch_size > trainer.source.num_images:
         times = trainer.batch_size / trainer.source.num_images
         notes.append(
-            f"the batch is larger than the data: each step takes an image {times:.3g} times, and no signal stops it"
+            f"the batch is larger than the data: each step takes an image {times:.3g} times, and a signal waits for its end"
         )
     if trainer.validation is None:
         notes.append("the codes have no val split: nothing is held out, so overfitting would not be seen")
