@@ -54,6 +54,26 @@ def test_weights_kept_in_half_precision_give_what_autocast_gives_bit_for_bit(gen
         assert (unwanted is None) == (other is None) and (other is None or torch.equal(other, unwanted))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_decoder_kept_in_half_precision_gives_what_autocast_gives_bit_for_bit(generator, dtype):
+    generator.transformer.keep_products_in(dtype)
+    f_hat = torch.randn(2, *generator.order.start(1, generator.device).shape[1:])
+    expected, fingerprint = generator.decode(f_hat), generator.tokenizer.fingerprint()
+    generator.tokenizer.keep_decoder_in(dtype)
+    assert torch.equal(generator.decode(f_hat), expected)
+    assert {parameter.dtype for parameter in generator.tokenizer.encoder.parameters()} == {torch.float32}
+    with pytest.raises(ConfigError, match="no fingerprint"):
+        generator.tokenizer.fingerprint()
+    generator.tokenizer.keep_decoder_in(torch.float32)
+    assert generator.tokenizer.fingerprint() != fingerprint  # of the rounded weights
+
+
+def test_a_loaded_model_decodes_in_its_precision_and_knows_its_tokenizers_fingerprint():
+    whole, half = (Generator.load("emoji64", "cpu", precision) for precision in ("fp32", "bf16"))
+    assert half.tokenizer.decoder.conv_out.weight.dtype == torch.bfloat16
+    assert half.tokenizer_fingerprint == whole.tokenizer_fingerprint == whole.tokenizer.fingerprint()
+
+
 def test_a_model_in_half_precision_samples_in_that_alone(generator):
     generator.transformer.keep_products_in(torch.bfloat16)
     with pytest.raises(ConfigError, match="loaded in bf16, but precision is fp32"):

@@ -7,18 +7,17 @@ import json
 import os
 import re
 import stat
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from varcli.artifacts.manifest import FORMAT_VERSION, MANIFEST_NAME, PLAN_NAME, FileEntry, Manifest, hash_files
+from varcli.artifacts.tensors import MAX_HEADER, parse_header, parse_tensors, require_whole
 from varcli.errors import ArtifactError, IntegrityError
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_JSON = 64 * 2**20  # bytes; the manifest of 100,000 shards stays below it
-_MAX_HEADER = 16 * 2**20  # bytes; d36 has a header of 60 kB
 
 
 def read_json(path: Path) -> Any:
@@ -148,7 +147,7 @@ def verify_folder(folder: Path, manifest: Manifest) -> list[str]:
     return [f"{name}: {problems[name]}" for name in manifest.files if name in problems]
 
 
-def read_checked_bytes(folder: Path, name: str, manifest: Manifest) -> bytes:
+def read_checked_bytes(folder: Path, name: str, manifest: Manifest) -> bytearray:
     """Read a file whole and check its size and SHA-256 on those same bytes. Raises IntegrityError if they differ."""
     entry = manifest.files.get(name)
     if entry is None:
@@ -181,85 +180,40 @@ def read_tensor_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     Raises ArtifactError if it is no safetensors file, or shorter than its header says.
     """
     path = Path(path).resolve()
-    start = _read_regular(path, 8 + _MAX_HEADER)
-    check_tensor_header(start, path)
-    (length,) = struct.unpack("<Q", start[:8])
-    try:
-        entries = {name: entry for name, entry in json.loads(start[8 : 8 + length]).items() if name != "__metadata__"}
-        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-        header = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
-        raise ArtifactError(f"`{path}` has a damaged safetensors header") from None
-    if path.stat().st_size != 8 + length + end:
-        raise ArtifactError(
-            f"`{path}` is not whole: {path.stat().st_size:,} bytes, and its header speaks of {8 + length + end:,}",
-            "fetch or make it again",
-        )
-    return header
-
-
-def parse_tensors(data: bytes, path: Path) -> dict[str, Any]:
-    """Parse safetensors bytes into torch tensors. `path` is for messages. Raises ArtifactError if they are damaged."""
-    import safetensors.torch
-    from safetensors import SafetensorError
-
-    check_tensor_header(data[: 8 + _MAX_HEADER], path)
-    try:
-        return safetensors.torch.load(data)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ArtifactError(f"`{path}` is not a whole safetensors file: {error}", "fetch or make it again") from None
-
-
-def check_tensor_header(start: bytes, path: Path) -> None:
-    """Refuse safetensors headers that the library accepts but no honest writer makes.
-
-    Over 16 MB, not starting with `{`, or naming one tensor twice (safetensors 0.8.0 takes the last).
-    """
-    foreign = ArtifactError(
-        f"`{path}` is not a safetensors file", "varcli import reads .pth files, other commands do not"
-    )
-    if len(start) < 9:
-        raise foreign
-    (length,) = struct.unpack("<Q", start[:8])
-    if length > _MAX_HEADER or start[8:9] != b"{":
-        if start.startswith(b"version https://git-lfs"):
-            raise ArtifactError(f"`{path}` is a git-lfs pointer, not the file itself", "run `git lfs pull`")
-        raise foreign
-    try:
-        json.loads(start[8 : 8 + length], object_pairs_hook=_refuse_duplicates)
-    except ValueError as error:
-        raise ArtifactError(f"`{path}` has a damaged safetensors header: {error}") from None
+    start = _read_regular(path, 8 + MAX_HEADER)
+    entries = parse_header(start, path)
+    require_whole(entries, path.stat().st_size, start, path)
+    return {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
 
 
 def require_finite(tensors: Mapping[str, Any], where: str) -> None:
-    """Raise ArtifactError naming the tensors that hold NaN or infinity."""
+    """Raise ArtifactError naming the tensors that hold NaN or infinity. They may be on a GPU, which is asked once."""
     import torch
 
-    def is_finite(tensor: torch.Tensor) -> bool:
+    def is_finite(tensor: torch.Tensor) -> torch.Tensor:
         # extremes, of which NaN becomes one, take a twentieth of isfinite's time; neither knows FP8
-        tensor = tensor if tensor.itemsize > 1 else tensor.float()
-        return tensor.numel() == 0 or all(part.isfinite() for part in torch.aminmax(tensor))
+        return torch.stack(torch.aminmax(tensor if tensor.itemsize > 1 else tensor.float())).isfinite().all()
 
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)]
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
+    answers = torch.stack([is_finite(tensor) for tensor in floats.values()]).tolist() if floats else []
+    bad = [name for name, answer in zip(floats, answers, strict=True) if not answer]
     if bad:
         shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
         raise ArtifactError(f"{where} holds NaN or infinity in: {shown}", "the training that made it diverged")
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        raise ValueError("one name stands twice")
-    return dict(pairs)
-
-
-def _read_regular(path: Path, size: int) -> bytes:
+def _read_regular(path: Path, size: int) -> bytearray:
     """Read up to `size` + 1 bytes of a regular file without following a link."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(descriptor, "rb") as file:
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ArtifactError(f"`{path}` is not a regular file")
-            return file.read(size + 1)
+            data, done = bytearray(size + 1), 0
+            with memoryview(data) as room:
+                while count := file.readinto(room[done:]):
+                    done += count
+            del data[done:]
+            return data
     except OSError as error:
         raise ArtifactError(f"cannot read `{path}`: {error.strerror}") from None

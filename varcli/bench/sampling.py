@@ -36,6 +36,7 @@ def sampling_stage(
         transformer.keep_in_fp8()
     elif dtype != torch.float32:
         transformer.keep_products_in(dtype)
+    tokenizer.keep_decoder_in(dtype)
     generator = Generator(tokenizer.to(device), transformer.to(device))
     if config.kernels != ("auto",):
         transformer.kernels = resolve_kernels(config.kernels[0], device)

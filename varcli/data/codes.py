@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from varcli.artifacts.manifest import Manifest
-from varcli.artifacts.verify import is_artifact, parse_tensors, read_checked_bytes, read_manifest
+from varcli.artifacts.tensors import parse_tensors
+from varcli.artifacts.verify import is_artifact, read_checked_bytes, read_manifest
 from varcli.data.codes_shards import CodesPlan
 from varcli.data.codes_writer import CODES_KIND, CodesWriter, begun_with, images_name
 from varcli.data.images import open_images

@@ -47,7 +47,8 @@ def _add(stream: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor) -> T
 
 def norm(stream_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, eps: float) -> Tensor:
     """Layer norm without weights of its own, then the condition's scale and shift; float32 inside, the stream's dtype out."""
-    return torch.ops.varcli.norm(stream_BLC, scale_B1C, shift_B1C, eps)[0]
+    call = _norm_on_gpu if _is_for_its_values(stream_BLC) else torch.ops.varcli.norm
+    return call(stream_BLC, scale_B1C, shift_B1C, eps)[0]
 
 
 def gated_norm(
@@ -64,17 +65,28 @@ def gated_norm(
     bias_C: that of the product which made the branch, whose gradient then costs no pass of its own; None for no bias. The
     norm is that of the sum as it is rounded to the stream's dtype. Gradients of all vectors are summed in float32.
     """
-    return torch.ops.varcli.gated_norm(stream_BLC, branch_BLC, bias_C, gate_B1C, scale_B1C, shift_B1C, eps)[:2]
+    call = _gated_norm_on_gpu if _is_for_its_values(stream_BLC) else torch.ops.varcli.gated_norm
+    return call(stream_BLC, branch_BLC, bias_C, gate_B1C, scale_B1C, shift_B1C, eps)[:2]
+
+
+def _is_for_its_values(x: Tensor) -> bool:
+    """Whether a GPU's kernel is called as it is: for gradients and torch.compile it must be an operator.
+
+    The first call of an operator imports torch's compiler, which takes a second: half of what one picture takes.
+    """
+    return x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 # -- the operators: Triton on CUDA, these formulas on a CPU -------------------------------------------------------------
 
 
-@torch.library.custom_op("varcli::norm", mutates_args=(), device_types="cuda")
-def _norm(stream: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _norm_on_gpu(stream: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     from varcli.kernels.norm_triton import launch_forward
 
     return launch_forward(stream, None, None, None, scale, shift, eps)[1:]
+
+
+_norm = torch.library.custom_op("varcli::norm", _norm_on_gpu, mutates_args=(), device_types="cuda")
 
 
 @_norm.register_kernel("cpu")
@@ -116,13 +128,15 @@ def _norm_backward_shapes(
     return dense_like(stream), _sums_like(stream, 2)
 
 
-@torch.library.custom_op("varcli::gated_norm", mutates_args=(), device_types="cuda")
-def _gated_norm(
+def _gated_norm_on_gpu(
     stream: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from varcli.kernels.norm_triton import launch_forward
 
     return launch_forward(stream, branch, bias, gate, scale, shift, eps)
+
+
+_gated_norm = torch.library.custom_op("varcli::gated_norm", _gated_norm_on_gpu, mutates_args=(), device_types="cuda")
 
 
 @_gated_norm.register_kernel("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import operator
 from collections import defaultdict
@@ -20,6 +21,7 @@ from varcli.devices import autocast, exact_convolutions, precision_name, resolve
 from varcli.errors import ArtifactError, ConfigError, MemoryLimitError, NumericError, is_out_of_memory, unknown_name
 from varcli.kernels import resolve_kernels
 from varcli.kernels.conv3x3 import introduce
+from varcli.kernels.wake import wake
 from varcli.order import ORDERS
 from varcli.sampling.choose import CodeChooser
 from varcli.sampling.engine import Engine
@@ -90,12 +92,14 @@ class Generator:
         ConfigError if the device has no FP8.
         """
         folder, where = find_model(name).folder, resolve_device(device)
+        if where.type == "cuda" and where.index is None:  # which GPU that is, each thread says for itself
+            where = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
         dtype = resolve_precision(precision, where)
-        with ThreadPoolExecutor(1) as pool:  # most of either is reading, and digests of what was read
-            other = pool.submit(_load_tokenizer, folder / "tokenizer")
+        with ThreadPoolExecutor(2) as pool:  # most of either is reading, and digests of what was read
+            pool.submit(wake, where)
+            other = pool.submit(_load_tokenizer, folder / "tokenizer", where, dtype)
             transformer, manifest = load_transformer(folder / "transformer", where, dtype, fp8)
             tokenizer, found = other.result()
-        tokenizer.to(where)  # here: which GPU `cuda` is, each thread says for itself
         wanted = manifest.info.get("tokenizer")
         if wanted is not None and wanted != found:
             raise ArtifactError(
@@ -108,7 +112,14 @@ class Generator:
         source = manifest.info.get("source")
         suggested = manifest.info.get("sampling")
         suggested = suggested if isinstance(suggested, Mapping) else None
-        return cls(tokenizer, transformer, manifest.info.get("classes"), order, sha256, source, suggested)
+        generator = cls(tokenizer, transformer, manifest.info.get("classes"), order, sha256, source, suggested)
+        generator.tokenizer_fingerprint = found
+        return generator
+
+    @functools.cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """The digest of the tokenizer, which takes as long as reading it."""
+        return self.tokenizer.fingerprint()
 
     def sample(
         self,
@@ -345,10 +356,12 @@ class Generator:
         return no_class if entry == no_class else self.classes.resolve(entry)
 
 
-def _load_tokenizer(folder: Path) -> tuple[VQVAE, str]:
-    """A tokenizer on the CPU, and its fingerprint."""
+def _load_tokenizer(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[VQVAE, str]:
+    """A tokenizer that decodes in `dtype`, on its device, and its fingerprint."""
     tokenizer = load_tokenizer(folder)
-    return tokenizer, tokenizer.fingerprint()
+    fingerprint = tokenizer.fingerprint()
+    tokenizer.keep_decoder_in(dtype)
+    return tokenizer.to(device), fingerprint
 
 
 def to_pixels(tokenizer: VQVAE, f_hat_BZhw: Tensor) -> Tensor:

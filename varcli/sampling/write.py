@@ -65,7 +65,7 @@ def sample_to_folder(
     """
     config = config or SampleConfig()
     precision = str(generator.dtype(config)).removeprefix("torch.")
-    settings = {**configs.to_dict(config), "precision": precision, "tokenizer": generator.tokenizer.fingerprint()}
+    settings = {**configs.to_dict(config), "precision": precision, "tokenizer": generator.tokenizer_fingerprint}
     settings |= {"transformer": generator.weights_sha256, "model": model, "classes": list(generator.classes.names)}
     settings["fp8"] = generator.transformer.is_kept_in_fp8 or None
     settings |= {"reject": None if rejection is None else str(rejection), "files": "npz" if npz_only else None}

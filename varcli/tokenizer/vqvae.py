@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from varcli import config as configs
-from varcli.errors import ShapeError
+from varcli.errors import ConfigError, ShapeError
 from varcli.shapes import check_shape
 from varcli.tokenizer.autoencoder import Decoder, Encoder, init_weights
 from varcli.tokenizer.base import TokenizerConfig
+from varcli.tokenizer.convolutions import Upsample
 from varcli.tokenizer.quantizer import MultiScaleQuantizer
 
 
@@ -62,9 +63,25 @@ class VQVAE(nn.Module):
         f_hat, loss, codes_BL = self.quantizer(self.features(images_B3HW), num_kept_B)
         return self.decode_raw(f_hat), loss, codes_BL
 
+    def keep_decoder_in(self, dtype: torch.dtype) -> None:
+        """Keep the weights of the decoder's convolutions in half precision: what autocast computes, without its copies.
+
+        All but those that double the side, which are added up before they are rounded.
+        """
+        modules = [self.post_conv, *self.decoder.modules()]
+        left_out = {id(module.conv) for module in modules if isinstance(module, Upsample)}
+        for module in modules:
+            if isinstance(module, nn.Conv2d) and id(module) not in left_out:
+                module.weight.data = module.weight.data.to(dtype)
+
     @torch.no_grad()
     def fingerprint(self) -> str:
-        """Return sixteen hex digits of the SHA-256 over config and weights; usage counts are left out."""
+        """Return sixteen hex digits of the SHA-256 over config and weights; usage counts are left out.
+
+        Raises ConfigError if `keep_decoder_in` has rounded some of them.
+        """
+        if self.post_conv.weight.dtype != torch.float32:
+            raise ConfigError("a tokenizer whose decoder was rounded has no fingerprint", "take it before")
         digest = hashlib.sha256(json.dumps(configs.to_dict(self.config), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             if name != "quantizer.usage_KV":

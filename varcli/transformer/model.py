@@ -33,6 +33,7 @@ class KVCache:
     condition_BC: Tensor  # class embedding, float32
     modulations: list[Tensor]  # (B, 1, 6, C) a block, computed once for all steps
     head_modulation: tuple[Tensor, Tensor]  # scale and shift (B, 1, C) of the last norm
+    positions_1LC: Tensor  # what a token's place adds, float32
     step: int = 0  # steps done
     position: int = 0  # tokens done
 
@@ -114,7 +115,7 @@ class Transformer(nn.Module):
         check_shape("x", x_BLZ, (labels_B.shape[0], config.seq_len - config.step_lengths[0], config.code_channels))
         condition_BC = self.embed_labels(labels_B)
         first = condition_BC.unsqueeze(1) + self.start_position.float()
-        x = torch.cat((first, self._project(x_BLZ)), dim=1) + self._embed_positions(0, config.seq_len)
+        x = torch.cat((first, self._project(x_BLZ)), dim=1) + self._embed_positions()
         x = x.to(self._compute_dtype())
         return x if self.kernels == "torch" else Stream(x), *self._modulate(condition_BC)
 
@@ -203,7 +204,8 @@ class Transformer(nn.Module):
         condition_BC = self.embed_labels(labels_B)
         condition, head_modulation = self._modulate(condition_BC)
         modulations = [block.modulate(condition) for block in self.blocks]
-        return KVCache(self._empty_layers(len(labels_B)), condition_BC, modulations, head_modulation)
+        positions_1LC = self._embed_positions()
+        return KVCache(self._empty_layers(len(labels_B)), condition_BC, modulations, head_modulation, positions_1LC)
 
     def _empty_layers(self, batch: int) -> list[LayerCache]:
         """Return each block's room for keys and values.
@@ -242,7 +244,7 @@ class Transformer(nn.Module):
             check_shape("x", x_BlZ, (cache.condition_BC.shape[0], length, self.config.code_channels))
             x = self._project(x_BlZ)
         start, end = cache.position, cache.position + length
-        x = (x + self._embed_positions(start, end)).to(self._compute_dtype())
+        x = (x + cache.positions_1LC[:, start:end]).to(self._compute_dtype())
         x = x if self.kernels == "torch" else Stream(x)
         for block, modulation, layer in zip(self.blocks, cache.modulations, cache.layers, strict=True):
             if isinstance(x, Stream):
@@ -266,9 +268,8 @@ class Transformer(nn.Module):
             layer = self.input_projection
             return F.linear(x_BlZ.float(), layer.weight.float(), layer.bias.float())
 
-    def _embed_positions(self, start: int, end: int) -> Tensor:
-        steps = self.step_embedding(self.step_of_token_L[start:end])
-        return steps.float() + self.positions[:, start:end].float()
+    def _embed_positions(self) -> Tensor:
+        return self.step_embedding(self.step_of_token_L).float() + self.positions.float()
 
     def _modulate(self, condition_BC: Tensor) -> tuple[Condition, tuple[Tensor, Tensor]]:
         """Return what the class decides: what blocks make their modulation of, and scale and shift of the last norm."""
@@ -287,16 +288,17 @@ class Transformer(nn.Module):
 
     # -- weights -------------------------------------------------------------------------------------------------
 
-    def keep_products_in(self, dtype: torch.dtype) -> None:
+    def keep_products_in(self, dtype: torch.dtype, device: torch.device | None = None) -> None:
         """Keep the weights of matrix products in half precision: what autocast computes, without its copies.
 
-        The input projection, embeddings, temperatures and the biases of queries and values are float32 from then on. What
-        `keep_in_fp8` has rounded stays so.
+        They are rounded on `device`, layer by layer, and stay there; None is where they are. The input projection,
+        embeddings, temperatures and the biases of queries and values are float32 from then on. What `keep_in_fp8` has
+        rounded stays so.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear) and module is not self.input_projection:
                 if not is_kept_in_fp8(module):
-                    module.to(dtype)
+                    module.to(device).to(dtype)
             else:
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.float()
@@ -309,7 +311,7 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, BlockLinear):
                 module.keep_in_fp8(device)
-        self.keep_products_in(torch.bfloat16)
+        self.keep_products_in(torch.bfloat16, device)
 
     @property
     def is_kept_in_fp8(self) -> bool:
