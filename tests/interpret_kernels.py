@@ -33,6 +33,7 @@ from varcli.kernels import (
     norm_triton,
     qk,
     qk_triton,
+    small_maps_triton,
 )
 from varcli.kernels.fp8 import round_rows
 from varcli.kernels.outputs import rows_like
@@ -236,6 +237,32 @@ def measure_conv3x3(batch: int, channels: int, outputs: int, dtype: torch.dtype)
     return {name: distance(*pair) for name, pair in pairs.items()}
 
 
+def measure_small_maps(batch: int, channels: int, side: int, target: int) -> dict[str, float]:
+    """Maps of a step: resized from tokens and from maps, blended into larger ones, and embedded for twice as many samples."""
+    tokens, maps = torch.randn(batch, side * side, channels), torch.randn(batch, channels, side, side)
+    by_token = tokens.transpose(1, 2).view(batch, channels, side, side)
+    f_hat, enlarge = torch.randn(batch, channels, target, target), torch.randn(target, side)
+    weight, bias = torch.randn(channels, channels, 3, 3), torch.randn(channels)
+    linear, linear_bias, places = torch.randn(72, channels), torch.randn(72), torch.randn(1, side * side, 72)
+    large = enlarge.double() @ by_token.double() @ enlarge.T.double()
+    convolved = torch.nn.functional.conv2d(large, weight.double(), bias.double(), padding=1)
+    embedded = tokens.double() @ linear.T.double() + linear_bias + places
+    resized = small_maps_triton.launch_resize(by_token, enlarge)
+    embed = small_maps_triton.launch_embed(tokens, linear, linear_bias, places, 2, torch.float32)
+    strided = resized.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).view(f_hat.shape)
+    assert strided.stride(1) == 1
+    return {
+        "of tokens": distance(resized, large),
+        "of maps": distance(
+            small_maps_triton.launch_resize(maps, enlarge), enlarge.double() @ maps.double() @ enlarge.T.double()
+        ),
+        "blended": distance(
+            small_maps_triton.launch_blend(f_hat, strided, weight, bias, 0.3), f_hat + 0.7 * large + 0.3 * convolved
+        ),
+        "embedded": distance(embed, torch.cat((embedded, embedded))),
+    }
+
+
 def main() -> None:
     """Measure all shapes: odd lengths, several chunks of rows, widths that are no power of two."""
     torch.manual_seed(0)
@@ -257,6 +284,8 @@ def main() -> None:
     for shape in ((2, (1, 4, 9, 16, 25), 3, 32, 32), (1, (1, 40, 9), 2, 24, 16), (1, (9, 130, 70), 2, 16, None)):
         results[f"{torch.float32} attention {shape}"] = measure_attention(*shape)
     results[f"{torch.float32} conv3x3"] = measure_conv3x3(2, 32, 160, torch.float32)
+    for shape in ((2, 8, 5, 6), (1, 40, 3, 17)):
+        results[f"{torch.float32} small maps {shape}"] = measure_small_maps(*shape)
     print(json.dumps(results))
 
 

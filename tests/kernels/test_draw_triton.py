@@ -42,5 +42,5 @@ def test_the_kernel_compiles_for_an_h100_without_one():
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in _draw_row.arg_names}
     places = {(_draw_row.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=_draw_row, signature=signature, constexprs=places)
-    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     assert "cubin" in compiled.asm

@@ -58,14 +58,12 @@ def test_weights_kept_in_half_precision_give_what_autocast_gives_bit_for_bit(gen
 def test_a_decoder_kept_in_half_precision_gives_what_autocast_gives_bit_for_bit(generator, dtype):
     generator.transformer.keep_products_in(dtype)
     f_hat = torch.randn(2, *generator.order.start(1, generator.device).shape[1:])
-    expected, fingerprint = generator.decode(f_hat), generator.tokenizer.fingerprint()
+    expected = generator.decode(f_hat)
     generator.tokenizer.keep_decoder_in(dtype)
     assert torch.equal(generator.decode(f_hat), expected)
     assert {parameter.dtype for parameter in generator.tokenizer.encoder.parameters()} == {torch.float32}
     with pytest.raises(ConfigError, match="no fingerprint"):
         generator.tokenizer.fingerprint()
-    generator.tokenizer.keep_decoder_in(torch.float32)
-    assert generator.tokenizer.fingerprint() != fingerprint  # of the rounded weights
 
 
 def test_a_loaded_model_decodes_in_its_precision_and_knows_its_tokenizers_fingerprint():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from varcli.devices import exact_convolutions
 from varcli.errors import ShapeError
 from varcli.tokenizer import VQVAE, TokenizerConfig
-from varcli.tokenizer.quantizer import assign_phis, resize, resize_weights
+from varcli.tokenizer.quantizer import MultiScaleQuantizer, assign_phis, resize, resize_weights
 
 
 @pytest.fixture
@@ -110,3 +111,21 @@ def test_resizing_by_weights_is_torchs_interpolation(side, target, mode):
     maps = torch.randn(2, 3, side, side, dtype=torch.float64)
     expected = torch.nn.functional.interpolate(maps, size=(target, target), mode=mode)
     torch.testing.assert_close(resize(maps, resize_weights(side, target, mode).double()), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_phis", [2, 1])
+def test_a_gpus_own_passes_advance_as_torch_does(num_phis):
+    config = TokenizerConfig(patch_nums=(1, 2, 3, 6), vocab_size=16, code_channels=8, width=32, num_phis=num_phis)
+    quantizer = MultiScaleQuantizer(config).cuda()
+    codes_BL = torch.randint(16, (3, config.scales.seq_len), device="cuda")
+    with exact_convolutions():
+        expected = [
+            [part.detach() for part in parts if part is not None] for parts in quantizer.running_f_hat(codes_BL)
+        ]
+    with torch.no_grad():
+        found = [[part for part in parts if part is not None] for parts in quantizer.running_f_hat(codes_BL)]
+    assert [len(parts) for parts in found] == [2, 2, 2, 1]
+    for parts, others in zip(found, expected, strict=True):
+        for part, other in zip(parts, others, strict=True):
+            torch.testing.assert_close(part, other, rtol=1e-5, atol=1e-5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 
 import torch
+from torch import Tensor
 
 from varcli.errors import ConfigError, unknown_name
 
@@ -39,3 +40,11 @@ def resolve_kernels(name: str, device: torch.device) -> str:
     if name == "triton" and not HAS_TRITON:
         raise ConfigError("kernels `triton` were asked for, but Triton is not installed", "`auto` takes what runs here")
     return name
+
+
+def is_launched(x: Tensor) -> bool:
+    """Whether a kernel for `x` is launched as it is: on a GPU, where nothing wants gradients and torch.compile is not at work.
+
+    Else it must be an operator of torch's, whose first call imports torch's compiler: half the time of a first picture.
+    """
+    return x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()

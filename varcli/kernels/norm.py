@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varcli.kernels import is_launched
 from varcli.kernels.outputs import dense_like, wide_dtype
 
 # -- what is computed ------------------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ def _add(stream: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor) -> T
 
 def norm(stream_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, eps: float) -> Tensor:
     """Layer norm without weights of its own, then the condition's scale and shift; float32 inside, the stream's dtype out."""
-    call = _norm_on_gpu if _is_for_its_values(stream_BLC) else torch.ops.varcli.norm
+    call = _norm_on_gpu if is_launched(stream_BLC) else torch.ops.varcli.norm
     return call(stream_BLC, scale_B1C, shift_B1C, eps)[0]
 
 
@@ -65,16 +66,8 @@ def gated_norm(
     bias_C: that of the product which made the branch, whose gradient then costs no pass of its own; None for no bias. The
     norm is that of the sum as it is rounded to the stream's dtype. Gradients of all vectors are summed in float32.
     """
-    call = _gated_norm_on_gpu if _is_for_its_values(stream_BLC) else torch.ops.varcli.gated_norm
+    call = _gated_norm_on_gpu if is_launched(stream_BLC) else torch.ops.varcli.gated_norm
     return call(stream_BLC, branch_BLC, bias_C, gate_B1C, scale_B1C, shift_B1C, eps)[:2]
-
-
-def _is_for_its_values(x: Tensor) -> bool:
-    """Whether a GPU's kernel is called as it is: for gradients and torch.compile it must be an operator.
-
-    The first call of an operator imports torch's compiler, which takes a second: half of what one picture takes.
-    """
-    return x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 # -- the operators: Triton on CUDA, these formulas on a CPU -------------------------------------------------------------

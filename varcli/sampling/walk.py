@@ -35,8 +35,7 @@ def walk_steps(
         if len(rows) > batch and not any(strengths[step:]):
             rows, cache = labels_B, cache.first(batch)
         with autocast(device, dtype):
-            features = x_BlZ.repeat(len(rows) // batch, 1, 1) if x_BlZ is not None else None
-            logits_RlV = transformer.step(features, cache)
+            logits_RlV = transformer.step(x_BlZ, cache)
             wanted_BlV, unwanted_BlV = logits_RlV[:batch], logits_RlV[batch:] if strength else None
             state, x_BlZ = order.advance(state, step, choose(step, wanted_BlV, unwanted_BlV, strength))
         yield state

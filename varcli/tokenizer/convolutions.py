@@ -94,6 +94,7 @@ class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = conv3x3(channels, channels)
+        self.register_buffer("phases", None, persistent=False)  # what `keep_phases_in` made
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, 2h, 2w)."""
@@ -107,7 +108,12 @@ class Upsample(nn.Module):
         that fall on one pixel are added up. They are computed as one, in all places where its taps touch `x`; odd rows and
         columns begin one place later there than even ones.
         """
-        return interleave_phases(F.conv2d(x, self._weight_of_phases(), padding=1), self.conv.bias)
+        phases = self._weight_of_phases() if self.phases is None else self.phases
+        return interleave_phases(F.conv2d(x, phases, padding=1), self.conv.bias)
+
+    def keep_phases_in(self, dtype: torch.dtype) -> None:
+        """Add up the weights for `fused_forward` once and keep the sums, for weights that do not change any more."""
+        self.phases = self._weight_of_phases().to(dtype)
 
     def _weight_of_phases(self) -> Tensor:
         """The weights (4 * out, in, 2, 2) by row phase, column phase and output; float32 sums, rounded once.

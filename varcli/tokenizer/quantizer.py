@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from varcli.devices import float64_or_best
 from varcli.errors import ShapeError
+from varcli.kernels import is_launched, resolve_kernels
 from varcli.shapes import check_shape
 from varcli.tokenizer.base import TokenizerConfig
 
@@ -49,9 +50,17 @@ def resize(x_BZss: Tensor, weights_ts: Tensor) -> Tensor:
     scatters sixteen taps a pixel, and whose area mode takes only divisible sizes on MPS. In float64, so that TF32, where
     it is on, does not round them; MPS has neither.
     """
+    if _is_launched(x_BZss):
+        from varcli.kernels.small_maps_triton import launch_resize
+
+        return launch_resize(x_BZss, weights_ts)
     dtype = float64_or_best(x_BZss.device)
     weights = weights_ts.to(dtype)
     return (weights @ x_BZss.to(dtype) @ weights.T).to(x_BZss.dtype)
+
+
+def _is_launched(x: Tensor) -> bool:
+    return is_launched(x) and x.dtype == torch.float32 and resolve_kernels("auto", x.device) == "triton"
 
 
 def nearest_rows(vectors_NZ: Tensor, table_VZ: Tensor, by_angle: bool) -> Tensor:
@@ -101,20 +110,31 @@ class MultiScaleQuantizer(nn.Module):
 
     def contribution(self, vectors_BlZ: Tensor, scale: int) -> Tensor:
         """Return what the vectors of one scale add to f_hat: (B, l, Z) -> float32 (B, Z, h, w)."""
+        with torch.autocast(vectors_BlZ.device.type, enabled=False):
+            return self.phi(self._enlarge(vectors_BlZ, scale).contiguous(), scale)
+
+    def _enlarge(self, vectors_BlZ: Tensor, scale: int) -> Tensor:
         batch, _, channels = vectors_BlZ.shape
         side = self.scales.sides[scale]
-        with torch.autocast(vectors_BlZ.device.type, enabled=False):
-            h = vectors_BlZ.float().transpose(1, 2).reshape(batch, channels, side, side)
-            if scale != self.scales.num_scales - 1:
-                h = resize(h, self.get_buffer(f"_enlarge_{scale}"))
-            return self.phi(h.contiguous(), scale)
+        h = vectors_BlZ.float().transpose(1, 2).reshape(batch, channels, side, side)
+        return h if scale == self.scales.num_scales - 1 else resize(h, self.get_buffer(f"_enlarge_{scale}"))
+
+    def _add(self, f_hat_BZhw: Tensor, vectors_BlZ: Tensor, scale: int) -> Tensor:
+        """Add one scale to f_hat."""
+        if not (self.phis and _is_launched(f_hat_BZhw)):
+            return f_hat_BZhw + self.contribution(vectors_BlZ, scale)
+        from varcli.kernels.small_maps_triton import launch_blend
+
+        convolution = self.phis[self.phi_of_scale[scale]]
+        h = self._enlarge(vectors_BlZ, scale)
+        return launch_blend(f_hat_BZhw, h, convolution.weight, convolution.bias, self.phi_residual)
 
     def advance(self, f_hat_BZhw: Tensor, vectors_BlZ: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
         """Add one scale to f_hat, and shrink the sum to what the transformer reads for the next scale.
 
         Returns (f_hat, features (B, l_next, Z)); the features are None after the last scale.
         """
-        f_hat_BZhw = f_hat_BZhw + self.contribution(vectors_BlZ, scale)
+        f_hat_BZhw = self._add(f_hat_BZhw, vectors_BlZ, scale)
         if scale == self.scales.num_scales - 1:
             return f_hat_BZhw, None
         shrunk = f_hat_BZhw

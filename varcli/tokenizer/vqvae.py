@@ -66,13 +66,18 @@ class VQVAE(nn.Module):
     def keep_decoder_in(self, dtype: torch.dtype) -> None:
         """Keep the weights of the decoder's convolutions in half precision: what autocast computes, without its copies.
 
-        All but those that double the side, which are added up before they are rounded.
+        Those that double the side are added up before they are rounded, and also stay as they are. Does nothing for float32.
         """
+        if dtype == torch.float32:
+            return
         modules = [self.post_conv, *self.decoder.modules()]
-        left_out = {id(module.conv) for module in modules if isinstance(module, Upsample)}
+        doubling = [module for module in modules if isinstance(module, Upsample)]
+        left_out = {id(module.conv) for module in doubling}
         for module in modules:
             if isinstance(module, nn.Conv2d) and id(module) not in left_out:
                 module.weight.data = module.weight.data.to(dtype)
+        for module in doubling:
+            module.keep_phases_in(dtype)
 
     @torch.no_grad()
     def fingerprint(self) -> str:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varcli.errors import unknown_name
-from varcli.kernels import KERNELS
+from varcli.kernels import KERNELS, is_launched
 from varcli.kernels.cross_entropy import linear_cross_entropy
 from varcli.shapes import check_shape
 from varcli.transformer.attention import BlockLinear, LayerCache, attend_by_step, is_kept_in_fp8, linear
@@ -203,7 +203,10 @@ class Transformer(nn.Module):
         """Prepare step-by-step inference for a batch of classes; `config.num_classes` stands for no class."""
         condition_BC = self.embed_labels(labels_B)
         condition, head_modulation = self._modulate(condition_BC)
-        modulations = [block.modulate(condition) for block in self.blocks]
+        rounded = condition._replace(
+            activated_BC=condition.activated_BC.to(self._compute_dtype())
+        )  # once for all blocks
+        modulations = [block.modulate(rounded) for block in self.blocks]
         positions_1LC = self._embed_positions()
         return KVCache(self._empty_layers(len(labels_B)), condition_BC, modulations, head_modulation, positions_1LC)
 
@@ -235,16 +238,16 @@ class Transformer(nn.Module):
     def step(self, x_BlZ: Tensor | None, cache: KVCache) -> Tensor:
         """Return the logits (B, l, V) of the next step, in the precision of products, and advance `cache` past it.
 
-        x_BlZ: what the order made of the codes so far; None at the first step, which reads the class alone.
+        x_BlZ: what the order made of the codes so far, of as many samples as the cache has, or of the first of them, which
+        the others repeat; None at the first step, which reads the class alone.
         """
         length = self.config.step_lengths[cache.step]
-        if cache.step == 0:
-            x = cache.condition_BC.unsqueeze(1) + self.start_position.float()
-        else:
-            check_shape("x", x_BlZ, (cache.condition_BC.shape[0], length, self.config.code_channels))
-            x = self._project(x_BlZ)
         start, end = cache.position, cache.position + length
-        x = (x + cache.positions_1LC[:, start:end]).to(self._compute_dtype())
+        positions = cache.positions_1LC[:, start:end]
+        if cache.step == 0:
+            x = (cache.condition_BC.unsqueeze(1) + self.start_position.float() + positions).to(self._compute_dtype())
+        else:
+            x = self._embed(x_BlZ, positions, len(cache.condition_BC))
         x = x if self.kernels == "torch" else Stream(x)
         for block, modulation, layer in zip(self.blocks, cache.modulations, cache.layers, strict=True):
             if isinstance(x, Stream):
@@ -261,6 +264,17 @@ class Transformer(nn.Module):
     def embed_labels(self, labels_B: Tensor) -> Tensor:
         """Return the class condition (B, C), float32."""
         return self.class_embedding(labels_B).float()
+
+    def _embed(self, x_BlZ: Tensor, positions_1lC: Tensor, batch: int) -> Tensor:
+        """Return what the first block reads of a step, (batch, l, C)."""
+        config, layer = self.config, self.input_projection
+        copies = max(1, batch // max(1, len(x_BlZ)))
+        check_shape("x", x_BlZ, (batch // copies, positions_1lC.shape[1], config.code_channels))
+        if self.kernels == "triton" and is_launched(x_BlZ):
+            from varcli.kernels.small_maps_triton import launch_embed
+
+            return launch_embed(x_BlZ, layer.weight, layer.bias, positions_1lC, copies, self._compute_dtype())
+        return (self._project(x_BlZ.repeat(copies, 1, 1)) + positions_1lC).to(self._compute_dtype())
 
     def _project(self, x_BlZ: Tensor) -> Tensor:
         # sums of embeddings stay float32 whatever autocast says: features differ in their last digits
