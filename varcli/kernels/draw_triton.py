@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_WARPS = 4  # 1.28 ms for 64 x 256 rows on an H100; 2, 8 and 16 take 1.52, 1.45 and 1.89
+_MANY_ROWS = 1024  # with fewer, a row's time counts, and two warps more a multiprocessor cost nothing
 # of splitmix64, as in varcli.sampling.noise, which this room does not see: signed 64-bit numbers
 GOLDEN = tl.constexpr(-7046029254386353131)
 MIX_1 = tl.constexpr(-4658895280553007687)
@@ -38,6 +38,7 @@ def draw_codes(
     batch, length, vocab_size = wanted_BlV.shape
     codes_Bl = torch.empty(batch, length, dtype=torch.int64, device=wanted_BlV.device)
     wanted_BlV = wanted_BlV.contiguous()
+    block = triton.next_power_of_2(vocab_size)
     with torch.cuda.device_of(wanted_BlV):
         _draw_row[(batch * length,)](
             wanted_BlV,
@@ -54,16 +55,24 @@ def draw_codes(
             IS_GUIDED=unwanted_BlV is not None,
             HAS_TOP_K=top_k is not None and top_k < vocab_size,
             HAS_TOP_P=top_p is not None and top_p < 1,
-            BLOCK=triton.next_power_of_2(vocab_size),
+            BLOCK=block,
             SECOND=2**16 if vocab_size < 2**15 else 2**32,  # what a second count is worth in a sum with a first
-            num_warps=_WARPS,
+            num_warps=_num_warps(block, batch * length),
         )
     return codes_Bl
 
 
+def _num_warps(block: int, num_rows: int) -> int:
+    """On an H100 64 x 256 rows of 4,096 take 1.28 ms with 4 warps, and 1.52, 1.45 and 1.89 with 2, 8 and 16; one row likes 8.
+
+    Large blocks in few warps take a minute to compile.
+    """
+    return min(32, max(4 if num_rows >= _MANY_ROWS else 8, block // 1024))
+
+
 @triton.jit
-def _add_two(a, b, c, d):
-    return a + c, b + d
+def _add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
 
 
 @triton.jit
@@ -92,6 +101,7 @@ def _draw_row(
     BLOCK: tl.constexpr,
     SECOND: tl.constexpr,
 ):
+    COUNT: tl.constexpr = tl.int32 if SECOND < 2**31 else tl.int64  # of two counts in one number
     row = tl.program_id(0).to(tl.int64)
     code = tl.arange(0, BLOCK)
     is_code = code < vocab_size
@@ -116,7 +126,7 @@ def _draw_row(
             second = limit + (2 * (high - limit) + 2) // 3
             # both counts in one sum
             reached = tl.where(rank >= first.to(tl.int32), 1, 0) + tl.where(rank >= second.to(tl.int32), SECOND, 0)
-            counts = tl.sum(reached.to(tl.int32 if SECOND < 2**31 else tl.int64), 0)
+            counts = tl.sum(reached.to(COUNT), 0)
             if counts // SECOND >= top_k:
                 limit = second
                 high = tl.where(counts // SECOND == top_k, second, high)
@@ -130,18 +140,26 @@ def _draw_row(
         weight = tl.where(is_code & (rank >= limit.to(tl.int32)), tl.exp(value - largest), 0.0)
         allowed = top_p * tl.sum(weight, 0)
         high = highest
-        while limit < high:
+        from_limit = tl.sum(tl.where(rank >= limit.to(tl.int32), 1, 0).to(COUNT), 0)  # codes that reach it
+        above_high = from_limit * 0  # and that lie above
+        while (limit < high) & (from_limit - above_high > 1):  # the last code between the two is the least that is kept
             first = limit + (high - limit) // 3
             second = limit + (2 * (high - limit)) // 3
-            beyond = tl.where(rank > first.to(tl.int32), weight, 0.0), tl.where(rank > second.to(tl.int32), weight, 0.0)
-            above_first, above_second = tl.reduce(beyond, 0, _add_two)
+            is_beyond_first, is_beyond_second = rank > first.to(tl.int32), rank > second.to(tl.int32)
+            counts = tl.where(is_beyond_first, 1, 0).to(COUNT) + tl.where(is_beyond_second, SECOND, 0).to(COUNT)
+            beyond = tl.where(is_beyond_first, weight, 0.0), tl.where(is_beyond_second, weight, 0.0), counts
+            above_first, above_second, counts = tl.reduce(beyond, 0, _add_three)
             if above_first < allowed:
                 high = first
+                above_high = counts % SECOND
             elif above_second < allowed:
                 limit = first + 1
+                from_limit = counts % SECOND
                 high = second
+                above_high = counts // SECOND
             else:
                 limit = second + 1
+                from_limit = counts // SECOND
     limit = limit.to(tl.int32)
 
     key = _mix(_mix(tl.load(keys + row // length) + salt))
