@@ -71,8 +71,8 @@ def _num_warps(block: int, num_rows: int) -> int:
 
 
 @triton.jit
-def _add_three(a, b, c, d, e, f):
-    return a + d, b + e, c + f
+def _add_two(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
@@ -101,7 +101,6 @@ def _draw_row(
     BLOCK: tl.constexpr,
     SECOND: tl.constexpr,
 ):
-    COUNT: tl.constexpr = tl.int32 if SECOND < 2**31 else tl.int64  # of two counts in one number
     row = tl.program_id(0).to(tl.int64)
     code = tl.arange(0, BLOCK)
     is_code = code < vocab_size
@@ -126,7 +125,7 @@ def _draw_row(
             second = limit + (2 * (high - limit) + 2) // 3
             # both counts in one sum
             reached = tl.where(rank >= first.to(tl.int32), 1, 0) + tl.where(rank >= second.to(tl.int32), SECOND, 0)
-            counts = tl.sum(reached.to(COUNT), 0)
+            counts = tl.sum(reached.to(tl.int32 if SECOND < 2**31 else tl.int64), 0)
             if counts // SECOND >= top_k:
                 limit = second
                 high = tl.where(counts // SECOND == top_k, second, high)
@@ -140,26 +139,18 @@ def _draw_row(
         weight = tl.where(is_code & (rank >= limit.to(tl.int32)), tl.exp(value - largest), 0.0)
         allowed = top_p * tl.sum(weight, 0)
         high = highest
-        from_limit = tl.sum(tl.where(rank >= limit.to(tl.int32), 1, 0).to(COUNT), 0)  # codes that reach it
-        above_high = from_limit * 0  # and that lie above
-        while (limit < high) & (from_limit - above_high > 1):  # the last code between the two is the least that is kept
+        while limit < high:
             first = limit + (high - limit) // 3
             second = limit + (2 * (high - limit)) // 3
-            is_beyond_first, is_beyond_second = rank > first.to(tl.int32), rank > second.to(tl.int32)
-            counts = tl.where(is_beyond_first, 1, 0).to(COUNT) + tl.where(is_beyond_second, SECOND, 0).to(COUNT)
-            beyond = tl.where(is_beyond_first, weight, 0.0), tl.where(is_beyond_second, weight, 0.0), counts
-            above_first, above_second, counts = tl.reduce(beyond, 0, _add_three)
+            beyond = tl.where(rank > first.to(tl.int32), weight, 0.0), tl.where(rank > second.to(tl.int32), weight, 0.0)
+            above_first, above_second = tl.reduce(beyond, 0, _add_two)
             if above_first < allowed:
                 high = first
-                above_high = counts % SECOND
             elif above_second < allowed:
                 limit = first + 1
-                from_limit = counts % SECOND
                 high = second
-                above_high = counts // SECOND
             else:
                 limit = second + 1
-                from_limit = counts // SECOND
     limit = limit.to(tl.int32)
 
     key = _mix(_mix(tl.load(keys + row // length) + salt))

@@ -11,39 +11,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PLACES = 256  # of a program that resizes or blends
+_PLACES = 256  # of a program that blends
+_CHANNELS = 8  # whose loads are under way together
 _TOKENS, _COLUMNS = 16, 64  # of a program that embeds
 _STRIDES = ["sample_stride", "channel_stride", "place_stride"]
 
 
 @triton.jit(do_not_specialize=[*_STRIDES, "side", "target"])  # else each scale takes a second to compile
 def _varcli_resize(
-    x_ptr, weights_ptr, out_ptr, sample_stride, channel_stride, place_stride, side, target,
-    PLACES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    channel, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    places = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
-    inside = places < target * target
-    row, column = places // target, places % target
+    x_ptr, weights_ptr, out_ptr, sample_stride, channel_stride, place_stride, side, target, BLOCK: tl.constexpr
+):
+    channel, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    places = tl.arange(0, BLOCK)
+    is_seen, is_wanted = places < side, places < target
     x_ptr += sample * sample_stride + channel * channel_stride
-    along = tl.arange(0, BLOCK)
-    is_along = along < side
-    across = tl.load(
-        weights_ptr + column[:, None] * side + along[None, :], mask=inside[:, None] & is_along[None, :], other=0
-    ).to(tl.float64)
-    total = tl.zeros((PLACES,), tl.float64)
-    for y in range(side):
-        seen = tl.load(x_ptr + (y * side + along) * place_stride, mask=is_along, other=0).to(tl.float64)
-        weight = tl.load(weights_ptr + row * side + y, mask=inside, other=0).to(tl.float64)
-        total += weight * tl.sum(across * seen[None, :], axis=1)
-    out_ptr += (sample * tl.num_programs(1) + channel) * target * target
-    tl.store(out_ptr + places, total.to(tl.float32), mask=inside)
+    at = (places[:, None] * side + places[None, :]) * place_stride
+    x = tl.load(x_ptr + at, mask=is_seen[:, None] & is_seen[None, :], other=0).to(tl.float64)
+    at = places[:, None] * side + places[None, :]
+    weights = tl.load(weights_ptr + at, mask=is_wanted[:, None] & is_seen[None, :], other=0).to(tl.float64)
+    rows = tl.dot(weights, x, out_dtype=tl.float64)
+    out = tl.dot(rows, weights.T, out_dtype=tl.float64)
+    out_ptr += (sample * tl.num_programs(0) + channel) * target * target
+    at = places[:, None] * target + places[None, :]
+    tl.store(out_ptr + at, out.to(tl.float32), mask=is_wanted[:, None] & is_wanted[None, :])
 
 
 @triton.jit
 def _varcli_blend(
     f_hat_ptr, x_ptr, weight_ptr, bias_ptr, out_ptr, share,
-    SIDE: tl.constexpr, CHANNELS: tl.constexpr, PLACES: tl.constexpr,
+    SIDE: tl.constexpr, CHANNELS: tl.constexpr, PLACES: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     channel, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     places = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
@@ -52,13 +48,14 @@ def _varcli_blend(
     x_ptr += sample * CHANNELS * SIDE * SIDE
     weight_ptr += channel * CHANNELS * 9
     convolved = tl.zeros((PLACES,), tl.float32)
-    for other in range(CHANNELS):
-        for tap in tl.static_range(9):
+    for first in range(0, CHANNELS, TOGETHER):
+        for index in tl.static_range(9 * TOGETHER):
+            other, tap = first + index // 9, index % 9
             down, right = tap // 3 - 1, tap % 3 - 1
             is_seen = (row + down >= 0) & (row + down < SIDE) & (column + right >= 0) & (column + right < SIDE)
             at = other * SIDE * SIDE + places + down * SIDE + right
-            seen = tl.load(x_ptr + at, mask=inside & is_seen, other=0)
-            convolved += seen * tl.load(weight_ptr + other * 9 + tap)
+            seen = tl.load(x_ptr + at, mask=inside & is_seen & (other < CHANNELS), other=0)
+            convolved += seen * tl.load(weight_ptr + other * 9 + tap, mask=other < CHANNELS, other=0)
     convolved += tl.load(bias_ptr + channel)
     at = channel * SIDE * SIDE + places
     x = tl.load(x_ptr + at, mask=inside, other=0)
@@ -100,15 +97,15 @@ def launch_resize(x_BZss: Tensor, weights_ts: Tensor) -> Tensor:
     target = weights_ts.shape[0]
     out = torch.empty(batch, channels, target, target, device=x_BZss.device)
     with torch.cuda.device_of(out):
-        _varcli_resize[(triton.cdiv(target * target, _PLACES), channels, batch)](
+        _varcli_resize[(channels, batch)](
             x_BZss,
             weights_ts.contiguous(),
             out,
             *(x_BZss.stride(axis) for axis in (0, 1, 3)),
             side,
             target,
-            PLACES=_PLACES,
-            BLOCK=max(16, triton.next_power_of_2(side)),
+            BLOCK=max(16, triton.next_power_of_2(max(side, target))),
+            num_warps=1,
         )
     return out
 
@@ -129,6 +126,7 @@ def launch_blend(f_hat_BZss: Tensor, x_BZss: Tensor, weight_ZZ33: Tensor, bias_Z
             SIDE=side,
             CHANNELS=channels,
             PLACES=_PLACES,
+            TOGETHER=_CHANNELS,
         )
     return out
 
