@@ -11,55 +11,58 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PLACES = 256  # of a program that blends
-_CHANNELS = 8  # whose loads are under way together
+_PLACES = 256  # of a program that resizes
+_POSITIONS = 32  # of a program that blends
 _TOKENS, _COLUMNS = 16, 64  # of a program that embeds
+
+
 _STRIDES = ["sample_stride", "channel_stride", "place_stride"]
 
 
 @triton.jit(do_not_specialize=[*_STRIDES, "side", "target"])  # else each scale takes a second to compile
 def _varcli_resize(
-    x_ptr, weights_ptr, out_ptr, sample_stride, channel_stride, place_stride, side, target, BLOCK: tl.constexpr
+    x_ptr, weights_ptr, out_ptr, sample_stride, channel_stride, place_stride, side, target, PLACES: tl.constexpr
 ):
-    channel, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    places = tl.arange(0, BLOCK)
-    is_seen, is_wanted = places < side, places < target
-    x_ptr += sample * sample_stride + channel * channel_stride
-    at = (places[:, None] * side + places[None, :]) * place_stride
-    x = tl.load(x_ptr + at, mask=is_seen[:, None] & is_seen[None, :], other=0).to(tl.float64)
-    at = places[:, None] * side + places[None, :]
-    weights = tl.load(weights_ptr + at, mask=is_wanted[:, None] & is_seen[None, :], other=0).to(tl.float64)
-    rows = tl.dot(weights, x, out_dtype=tl.float64)
-    out = tl.dot(rows, weights.T, out_dtype=tl.float64)
-    out_ptr += (sample * tl.num_programs(0) + channel) * target * target
-    at = places[:, None] * target + places[None, :]
-    tl.store(out_ptr + at, out.to(tl.float32), mask=is_wanted[:, None] & is_wanted[None, :])
-
-
-@triton.jit
-def _varcli_blend(
-    f_hat_ptr, x_ptr, weight_ptr, bias_ptr, out_ptr, share,
-    SIDE: tl.constexpr, CHANNELS: tl.constexpr, PLACES: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
     channel, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     places = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
+    inside = places < target * target
+    row, column = places // target, places % target
+    x_ptr += sample * sample_stride + channel * channel_stride
+    total = tl.zeros((PLACES,), tl.float64)
+    for y in range(side):
+        line = tl.zeros((PLACES,), tl.float64)
+        for x in range(side):
+            seen = tl.load(x_ptr + (y * side + x) * place_stride).to(tl.float64)
+            line += tl.load(weights_ptr + column * side + x, mask=inside, other=0).to(tl.float64) * seen
+        total += tl.load(weights_ptr + row * side + y, mask=inside, other=0).to(tl.float64) * line
+    out_ptr += (sample * tl.num_programs(1) + channel) * target * target
+    tl.store(out_ptr + places, total.to(tl.float32), mask=inside)
+
+
+@triton.jit(do_not_specialize=_STRIDES)
+def _varcli_blend(
+    f_hat_ptr, x_ptr, weight_ptr, bias_ptr, out_ptr, sample_stride, channel_stride, place_stride, share,
+    SIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(1).to(tl.int64)
+    places = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
     row, column = places // SIDE, places % SIDE
-    inside = places < SIDE * SIDE
-    x_ptr += sample * CHANNELS * SIDE * SIDE
-    weight_ptr += channel * CHANNELS * 9
-    convolved = tl.zeros((PLACES,), tl.float32)
-    for first in range(0, CHANNELS, TOGETHER):
-        for index in tl.static_range(9 * TOGETHER):
-            other, tap = first + index // 9, index % 9
-            down, right = tap // 3 - 1, tap % 3 - 1
-            is_seen = (row + down >= 0) & (row + down < SIDE) & (column + right >= 0) & (column + right < SIDE)
-            at = other * SIDE * SIDE + places + down * SIDE + right
-            seen = tl.load(x_ptr + at, mask=inside & is_seen & (other < CHANNELS), other=0)
-            convolved += seen * tl.load(weight_ptr + other * 9 + tap, mask=other < CHANNELS, other=0)
-    convolved += tl.load(bias_ptr + channel)
-    at = channel * SIDE * SIDE + places
-    x = tl.load(x_ptr + at, mask=inside, other=0)
-    at += sample * CHANNELS * SIDE * SIDE
+    channels = tl.arange(0, BLOCK)
+    is_channel = channels < CHANNELS
+    inside = (places < SIDE * SIDE)[:, None] & is_channel[None, :]
+    x_ptr += sample * sample_stride
+    convolved = tl.zeros((POSITIONS, BLOCK), tl.float32)
+    for tap in tl.static_range(9):
+        down, right = tap // 3 - 1, tap % 3 - 1
+        is_seen = (row + down >= 0) & (row + down < SIDE) & (column + right >= 0) & (column + right < SIDE)
+        at = (places + down * SIDE + right)[:, None] * place_stride + channels[None, :] * channel_stride
+        seen = tl.load(x_ptr + at, mask=inside & is_seen[:, None], other=0)
+        taps = weight_ptr + (channels[None, :] * CHANNELS + channels[:, None]) * 9 + tap  # (in, out)
+        weight = tl.load(taps, mask=is_channel[:, None] & is_channel[None, :], other=0)
+        convolved = tl.dot(seen, weight, convolved, input_precision="ieee")
+    convolved += tl.load(bias_ptr + channels, mask=is_channel, other=0)[None, :]
+    x = tl.load(x_ptr + places[:, None] * place_stride + channels[None, :] * channel_stride, mask=inside, other=0)
+    at = (sample * CHANNELS + channels[None, :]) * SIDE * SIDE + places[:, None]
     f_hat = tl.load(f_hat_ptr + at, mask=inside, other=0)
     tl.store(out_ptr + at, f_hat + (x * (1 - share) + convolved * share), mask=inside)
 
@@ -92,41 +95,33 @@ def _varcli_embed(
 def launch_resize(x_BZss: Tensor, weights_ts: Tensor) -> Tensor:
     """Return float32 square maps (B, Z, t, t), summed in float64: `weights @ x @ weights^T`. x: float32, of any strides."""
     batch, channels, side, _ = x_BZss.shape
-    if x_BZss.stride(2) != side * x_BZss.stride(3):  # one stride leads from place to place, row after row
-        x_BZss = x_BZss.contiguous()
-    target = weights_ts.shape[0]
-    out = torch.empty(batch, channels, target, target, device=x_BZss.device)
+    x, target = _with_places(x_BZss), weights_ts.shape[0]
+    out = torch.empty(batch, channels, target, target, device=x.device)
     with torch.cuda.device_of(out):
-        _varcli_resize[(channels, batch)](
-            x_BZss,
-            weights_ts.contiguous(),
-            out,
-            *(x_BZss.stride(axis) for axis in (0, 1, 3)),
-            side,
-            target,
-            BLOCK=max(16, triton.next_power_of_2(max(side, target))),
-            num_warps=1,
+        _varcli_resize[(triton.cdiv(target * target, _PLACES), channels, batch)](
+            x, weights_ts.contiguous(), out, *_strides(x), side, target, PLACES=_PLACES
         )
     return out
 
 
 def launch_blend(f_hat_BZss: Tensor, x_BZss: Tensor, weight_ZZ33: Tensor, bias_Z: Tensor, share: float) -> Tensor:
-    """Return f_hat + (1 - share) x + share (conv(x) + bias), all float32."""
+    """Return f_hat + (1 - share) x + share (conv(x) + bias), all float32; x may have any strides."""
     batch, channels, side, _ = f_hat_BZss.shape
-    f_hat_BZss = f_hat_BZss.contiguous()
-    out = torch.empty_like(f_hat_BZss)
+    x, f_hat = _with_places(x_BZss), f_hat_BZss.contiguous()
+    out = torch.empty_like(f_hat)
     with torch.cuda.device_of(out):
-        _varcli_blend[(triton.cdiv(side * side, _PLACES), channels, batch)](
-            f_hat_BZss,
-            x_BZss.contiguous(),
+        _varcli_blend[(triton.cdiv(side * side, _POSITIONS), batch)](
+            f_hat,
+            x,
             weight_ZZ33.contiguous(),
             bias_Z,
             out,
+            *_strides(x),
             share,
             SIDE=side,
             CHANNELS=channels,
-            PLACES=_PLACES,
-            TOGETHER=_CHANNELS,
+            BLOCK=max(16, triton.next_power_of_2(channels)),
+            POSITIONS=_POSITIONS,
         )
     return out
 
@@ -157,3 +152,13 @@ def launch_embed(
             COLUMNS=_COLUMNS,
         )
     return out
+
+
+def _with_places(x_BZss: Tensor) -> Tensor:
+    """The maps themselves if one stride leads from place to place, row after row, else a copy of which that is true."""
+    return x_BZss if x_BZss.stride(2) == x_BZss.shape[3] * x_BZss.stride(3) else x_BZss.contiguous()
+
+
+def _strides(x_BZss: Tensor) -> tuple[int, int, int]:
+    """From sample to sample, channel to channel, place to place."""
+    return x_BZss.stride(0), x_BZss.stride(1), x_BZss.stride(3)
