@@ -19,6 +19,25 @@ def test_auto_is_triton_on_a_gpu_that_has_it_and_torch_elsewhere(monkeypatch):
     assert resolve_kernels("torch", torch.device("cuda")) == "torch"
 
 
+def test_triton_needs_a_compiler_and_headers_for_what_it_builds(monkeypatch, tmp_path):
+    for name in ("gcc", "Python.h"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(kernels_room.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(kernels_room.sysconfig, "get_path", lambda name, scheme: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert kernels_room.is_triton_there()
+    (tmp_path / "gcc").unlink()
+    assert not kernels_room.is_triton_there()
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert kernels_room.is_triton_there()
+    (tmp_path / "Python.h").unlink()
+    assert not kernels_room.is_triton_there()
+    monkeypatch.setattr(kernels_room, "HAS_TRITON", False)
+    with pytest.raises(ConfigError, match="C compiler"):
+        resolve_kernels("triton", torch.device("cuda"))
+
+
 def test_triton_needs_a_gpu():
     with pytest.raises(ConfigError, match="CUDA"):
         resolve_kernels("triton", torch.device("cpu"))

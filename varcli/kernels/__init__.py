@@ -6,6 +6,10 @@ Triton is imported when one of its kernels is launched, so that everything else 
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,8 +19,19 @@ from varcli.errors import ConfigError, unknown_name
 KERNELS = ("torch", "triton")
 """How a transformer is computed: by torch alone, or by the operators of this room, too."""
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-"""Whether Triton is installed."""
+
+def is_triton_there() -> bool:
+    """Say whether Triton is installed, and the C compiler and headers of Python that it builds its launchers with."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    scheme = sysconfig.get_default_scheme().replace(
+        "posix_local", "posix_prefix"
+    )  # as Triton does, for Debian's Python
+    header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
+    return importlib.util.find_spec("triton") is not None and bool(compiler) and header.is_file()
+
+
+HAS_TRITON = is_triton_there()
+"""What `is_triton_there` says of this process."""
 
 _OLDEST_GPU = (8, 0)  # compute capability, of Triton's
 
@@ -38,7 +53,10 @@ def resolve_kernels(name: str, device: torch.device) -> str:
             f"kernels `triton` need an NVIDIA GPU with CUDA, but the device is {found}", "`auto` takes what runs here"
         )
     if name == "triton" and not HAS_TRITON:
-        raise ConfigError("kernels `triton` were asked for, but Triton is not installed", "`auto` takes what runs here")
+        raise ConfigError(
+            "kernels `triton` were asked for, but Triton is not installed, or not the C compiler and Python headers it needs",
+            "`auto` takes what runs here; on Debian and Ubuntu: apt install gcc python3-dev",
+        )
     return name
 
 
