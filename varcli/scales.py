@@ -13,6 +13,7 @@ NAMED_SCHEDULES: dict[str, tuple[int, ...]] = {
 }
 """Schedules of the VAR paper by image side at downsampling factor 16 (arXiv:2404.02905, released code)."""
 
+_LONGEST = 256  # 4,096 px at a downsampling of 16: more is a mistake or malice, and would take all memory
 _GROWING = (*NAMED_SCHEDULES["256"], 20, 25, 32, 40, 50, 64)  # each side about a quarter longer than the one before
 
 
@@ -29,6 +30,8 @@ class PatchNums:
         object.__setattr__(self, "sides", tuple(int(side) for side in self.sides))
         if not self.sides or min(self.sides) < 1:
             raise ConfigError(f"patch_nums must be sides of at least 1, but is {self.sides}", "e.g. 1,2,3,4,6,8")
+        if max(self.sides) > _LONGEST or len(self.sides) > _LONGEST:
+            raise ConfigError(f"patch_nums are at most {_LONGEST} sides of at most {_LONGEST}", "e.g. 1,2,3,4,6,8")
         if any(later < earlier for earlier, later in zip(self.sides, self.sides[1:], strict=False)):
             raise ConfigError(f"patch_nums must go from coarse to fine, but is {self.sides}", "sort the sides")
 

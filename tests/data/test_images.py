@@ -42,6 +42,15 @@ def test_a_class_called_train_is_a_class(tmp_path):
     assert open_images(tmp_path).classes == ("plane", "train")
 
 
+@pytest.mark.parametrize("name", ["manifest.json", ".plan.json"])
+def test_what_varcli_wrote_beside_the_classes_is_none(tmp_path, name):
+    picture(tmp_path / "a" / "1.png")
+    picture(tmp_path / "b" / "1.png")
+    picture(tmp_path / "codes" / "grid.png")
+    (tmp_path / "codes" / name).write_text("{}")
+    assert open_images(tmp_path).classes == ("a", "b")
+
+
 def test_an_empty_class_keeps_its_number(tmp_path):
     picture(tmp_path / "a" / "1.png")
     (tmp_path / "b").mkdir()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from varcli.errors import ConfigError, MemoryLimitError, NumericError
+from varcli.errors import ArtifactError, ConfigError, MemoryLimitError, NumericError
 from varcli.sampling import Generator, SampleConfig
 from varcli.sampling.memory import choose_batch_size, choose_decode_chunk, image_bytes
 from varcli.sampling.walk import walk_steps
@@ -70,6 +70,12 @@ def test_a_loaded_model_decodes_in_its_precision_and_knows_its_tokenizers_finger
     whole, half = (Generator.load("emoji64", "cpu", precision) for precision in ("fp32", "bf16"))
     assert half.tokenizer.decoder.conv_out.weight.dtype == torch.bfloat16
     assert half.tokenizer_fingerprint == whole.tokenizer_fingerprint == whole.tokenizer.fingerprint()
+
+
+@pytest.mark.parametrize("classes", [["apple"], [1, 2, 3], "abc"])
+def test_names_that_are_not_those_of_the_classes_are_refused(generator, classes):
+    with pytest.raises(ArtifactError, match="the transformer has 3 classes"):
+        Generator(generator.tokenizer, generator.transformer, classes)
 
 
 def test_a_model_in_half_precision_samples_in_that_alone(generator):

@@ -49,6 +49,12 @@ def test_a_width_that_groups_do_not_divide_is_told_with_widths_and_groups_that_w
     assert TokenizerConfig(width=width, channel_multipliers=multipliers, norm_groups=groups).norm_groups > 1
 
 
+@pytest.mark.parametrize("change", [{"patch_nums": (1, 10**6)}, {"width": 2**20}, {"num_res_blocks": 10**6}])
+def test_sizes_beyond_any_tokenizer_are_refused_before_memory_is_taken(change):
+    with pytest.raises(ConfigError, match="at most"):
+        TokenizerConfig(**change)
+
+
 def test_a_codebook_has_at_least_two_codes():
     with pytest.raises(ConfigError, match="vocab_size must be at least 2, but is 1"):
         TokenizerConfig(vocab_size=1)

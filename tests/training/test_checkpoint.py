@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -77,6 +78,16 @@ def test_no_whole_checkpoint_at_all_is_said(run):
     for resume in ("auto", "last-good"):
         with pytest.raises(IntegrityError, match=r"damaged|whole"):
             find_checkpoint(run, resume)
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_trained_from_the_start(run):
+    shutil.rmtree(run / "checkpoints")
+    log = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(IntegrityError, match="checkpoints/ are gone"):
+        train_toy(run)
+    assert (run / "metrics.jsonl").read_bytes() == log
+    (run / "latest.json").unlink()
+    train_toy(run)
 
 
 def test_a_write_that_fails_leaves_the_old_ones(run, monkeypatch):

@@ -11,8 +11,9 @@ import torch
 from toy_codes import write_codes
 from toy_runs import TINY, StopAfter, losses, make_trainer, train
 
-from varcli.artifacts.verify import read_manifest
-from varcli.artifacts.write import write_bytes
+from varcli.artifacts.manifest import write_manifest
+from varcli.artifacts.verify import read_manifest, read_tensors
+from varcli.artifacts.write import write_bytes, write_tensors
 from varcli.errors import ArtifactError, ConfigError, IntegrityError, InterruptedRun, MemoryLimitError
 from varcli.tokenizer import VQVAE
 from varcli.tokenizer.find import find_tokenizer
@@ -164,6 +165,17 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path, codes, tiny_tokenizer)
     with pytest.raises(ArtifactError, match="written by tokenizer"):
         train(codes, tmp_path / "run", tmp_path / "other")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_is_known_by_its_weights_whatever_its_manifest_says(tmp_path, codes, tokenizer_folder):
+    weights = dict(read_tensors(tokenizer_folder / "weights.safetensors"))
+    weights["decoder.conv_out.bias"][0] += 1
+    write_tensors(tokenizer_folder / "weights.safetensors", weights)
+    info = read_manifest(tokenizer_folder).info
+    write_manifest(tokenizer_folder, "tokenizer", info, files=["weights.safetensors"])
+    with pytest.raises(ArtifactError, match="written by tokenizer"):
+        train(codes, tmp_path / "run", tokenizer_folder)
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.parametrize("name", ["nothing", "codes"])

@@ -10,7 +10,7 @@ import torch
 from varcli.artifacts.manifest import write_manifest
 from varcli.artifacts.verify import read_manifest
 from varcli.artifacts.write import write_tensors
-from varcli.errors import ArtifactError, IntegrityError
+from varcli.errors import ArtifactError, ConfigError, IntegrityError
 from varcli.transformer.store import WEIGHTS_NAME, load_transformer, save_transformer
 
 INFO = {"tokenizer": "0123456789abcdef", "patch_nums": [1, 2, 4], "order": "scale", "classes": ["a", "b", "c"]}
@@ -71,6 +71,13 @@ def rewrite(folder, change_info=lambda info: None, change_weights=lambda weights
             r"`class_embedding.weight` has shape \(4, 64\)",
         ),
         (lambda info: info.pop("config"), lambda w: None, "has no config"),
+        (lambda info: info["config"].update(width=10**9), lambda w: None, "at most 1,048,576"),
+        (lambda info: info["config"].update(depth=100_000), lambda w: None, "at most 1,000"),
+        (
+            lambda info: None,
+            lambda w: w.update(positions=w["positions"].int()),
+            "`positions` holds int32, its config needs float32",
+        ),
         (lambda info: None, lambda w: w["positions"].fill_(float("nan")), "NaN or infinity in: positions"),
     ],
 )
@@ -79,5 +86,5 @@ def test_weights_that_do_not_fit_their_config_are_refused(
 ):
     save_transformer(tmp_path, tiny_transformer, INFO)
     rewrite(tmp_path, change_info, change_weights)
-    with pytest.raises(ArtifactError, match=message):
+    with pytest.raises((ArtifactError, ConfigError), match=message):
         load_transformer(tmp_path)

@@ -216,4 +216,9 @@ def _read_regular(path: Path, size: int) -> bytearray:
             del data[done:]
             return data
     except OSError as error:
+        if path.is_symlink():
+            raise ArtifactError(
+                f"`{path}` is a link, which is not followed",
+                "put the file itself there: what a link leads to may change",
+            ) from None
         raise ArtifactError(f"cannot read `{path}`: {error.strerror}") from None

@@ -42,7 +42,7 @@ def load_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor], where
     """Load weights strictly; `where` is for messages.
 
     assign: let the module hold these tensors instead of copying them, as a module on the meta device needs.
-    Raises ArtifactError if a weight is missing, has another shape, or has no place.
+    Raises ArtifactError if a weight is missing, has another shape or kind of numbers, or has no place.
     """
     expected = module.state_dict()
     for name, tensor in expected.items():
@@ -51,6 +51,9 @@ def load_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor], where
         if state[name].shape != tensor.shape:
             have, want = tuple(state[name].shape), tuple(tensor.shape)
             raise ArtifactError(f"`{where}`: weight `{name}` has shape {have}, its config needs {want}", _HINT)
+        if state[name].is_floating_point() != tensor.is_floating_point():
+            have, want = (str(one.dtype).removeprefix("torch.") for one in (state[name], tensor))
+            raise ArtifactError(f"`{where}`: weight `{name}` holds {have}, its config needs {want}", _HINT)
     unexpected = sorted(set(state) - set(expected))
     if unexpected:
         raise ArtifactError(f"`{where}` holds a weight that its config has no place for: `{unexpected[0]}`")

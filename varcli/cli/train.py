@@ -104,7 +104,7 @@ def train(
     from varcli.devices import resolve_device
     from varcli.distributed import join_world
     from varcli.errors import ConfigError
-    from varcli.progress import ignore
+    from varcli.progress import counted, ignore
     from varcli.training import TrainConfig, train_transformer
 
     if name is not None and out is not None:
@@ -162,7 +162,7 @@ def train(
         "validation": result.validation,
         "best": result.best,
     }
-    text = f"{folder}  {result.step:,} steps in {console.format_seconds(result.seconds)}"
+    text = f"{folder}  {counted(result.step, 'step')} in {console.format_seconds(result.seconds)}"
     if result.best:
         text += f", validation loss {result.best['loss']:.4g} at its best, after step {result.best['step']:,}"
     console.report(value, json, text)

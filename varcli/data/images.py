@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from varcli.artifacts.verify import is_artifact, unfinished_kind
 from varcli.data.decode import SUFFIXES, UnusableImage, load_image
 from varcli.data.idx import is_idx_folder, read_idx
 from varcli.data.paths import escape_path
@@ -168,7 +169,9 @@ class _Scan:
             if _is_hidden(entry.name):
                 self.num_ignored += 1
             elif _is_folder(entry):
-                if self._may_use(entry, prefix + entry.name):
+                if is_artifact(Path(entry.path)) or unfinished_kind(Path(entry.path)):
+                    self.num_ignored += 1  # such as codes written into the folder of images
+                elif self._may_use(entry, prefix + entry.name):
                     folders.append(entry.name)
             elif not _claims_image(entry.name):
                 self.num_ignored += 1

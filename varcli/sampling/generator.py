@@ -70,6 +70,14 @@ class Generator:
                 f"the transformer predicts steps, codes and channels {mine}, but the tokenizer has {wanted}",
                 "use the tokenizer that its codes were written with",
             )
+        if classes is not None:
+            is_list = not isinstance(classes, str) and all(isinstance(name, str) for name in classes)
+            if not is_list or len(classes) != config.num_classes:
+                raise ArtifactError(
+                    f"the transformer has {config.num_classes} classes, but the names of its classes are not as many: "
+                    f"{str(classes)[:80]}",
+                    "its manifest was edited; restore it from a copy",
+                )
         self.classes = ClassNames.of(classes, config.num_classes)
         self.device = next(transformer.parameters()).device
         if transformer.output_projection.weight.dtype != torch.float32:  # which computes as golden data do

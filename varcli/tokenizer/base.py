@@ -12,6 +12,7 @@ from torch import Tensor
 from varcli.errors import ConfigError
 from varcli.scales import NAMED_SCHEDULES, PatchNums
 
+_MOST, _MOST_LAYERS = 2**20, 64  # far beyond any tokenizer: a larger number is a mistake or malice
 SMALL_BELOW = 128  # px: images with a shorter side get a small architecture where none is asked for
 
 
@@ -59,6 +60,14 @@ class TokenizerConfig:
             raise ConfigError(f"vocab_size must be at least 2, but is {self.vocab_size}", "one code alone says nothing")
         if min(self.code_channels, self.width, self.num_res_blocks) < 1:
             raise ConfigError("code_channels, width and num_res_blocks must be at least 1")
+        widest = self.width * max(self.channel_multipliers, default=1)
+        if max(self.vocab_size, self.code_channels, widest, self.norm_groups, self.num_phis) > _MOST or (
+            max(self.num_res_blocks, len(self.channel_multipliers), self.quant_conv_kernel) > _MOST_LAYERS
+        ):
+            raise ConfigError(
+                f"codes and channels are at most {_MOST:,}, and residual blocks, levels and sides of convolutions at most "
+                f"{_MOST_LAYERS}"
+            )
         if self.norm_groups < 1 or not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise ConfigError("norm_groups and every channel multiplier must be at least 1")
         if not 0 <= self.dropout < 1 or not abs(self.phi_residual) <= 1 or not self.commitment_weight >= 0:

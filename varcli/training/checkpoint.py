@@ -115,12 +115,19 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path, Manifest] | 
     """Return the checkpoint to go on from and its manifest, or None if a run has none yet.
 
     resume: "auto" takes the newest; "last-good" the newest that is whole, and sets damaged ones after it aside under
-    another name. Raises IntegrityError, naming the newest whole one, if the newest is damaged and resume is "auto".
+    another name. Raises IntegrityError, naming the newest whole one, if the newest is damaged and resume is "auto", and
+    if there was one once, but none is left.
     """
     if resume not in RESUME_MODES:
         raise unknown_name("resume mode", resume, RESUME_MODES)
+    folders = list_checkpoints(run)
+    if not folders and (run / LATEST_NAME).is_file():
+        raise IntegrityError(
+            f"`{run}` has trained, as its {LATEST_NAME} says, but its {FOLDER_NAME}/ are gone",
+            f"restore them from a copy, or choose another --out; to train it anew, delete {LATEST_NAME} first",
+        )
     damaged: list[tuple[Path, str]] = []
-    for folder in list_checkpoints(run):
+    for folder in folders:
         manifest, problem = _check(folder)
         if manifest is not None:
             break

@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 from varcli.artifacts.write import prepare_folder
 from varcli.data.png import save_png
 from varcli.errors import ConfigError, InterruptedRun, NumericError, VarcliError
-from varcli.progress import OnStep, Step, ignore
+from varcli.progress import OnStep, Step, counted, ignore
 from varcli.training.checkpoint import amend_checkpoint, checkpoint_name, load_checkpoint, save_checkpoint
 from varcli.training.memory import memory_limits
 from varcli.training.meter import Meter, SkipPolicy
@@ -165,9 +165,8 @@ class _Loop:
             self._report(f"`{self.run_folder.path}` has all its {config.steps:,} steps already")
         elif self.result.step:
             # the order of samples stays; sums are added up in another one, so that the last digits differ
-            others = (
-                f", with {self.world.size} processes instead of {self.before}" if self.before != self.world.size else ""
-            )
+            now = counted(self.world.size, "process", "processes")
+            others = f", with {now} instead of {self.before}" if self.before != self.world.size else ""
             begun = (self.run_folder.config or {}).get("steps", config.steps)
             others += f", begun for {begun:,}" if begun != config.steps else ""
             self._report(f"going on from step {self.result.step:,} of {config.steps:,}{others}")

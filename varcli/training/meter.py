@@ -81,7 +81,7 @@ class SkipPolicy:
             shown = ", ".join(f"{step + 1:,}" for step in self.steps[-self.in_window :])
             raise NumericError(
                 f"loss or gradients were no numbers at steps {shown}: training stopped, the weights are as before them",
-                f"{self.hint}; the last checkpoint and metrics.jsonl are kept",
+                f"{self.hint}; metrics.jsonl and the last checkpoint, if there is one, are kept",
             )
 
 

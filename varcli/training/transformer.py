@@ -102,9 +102,11 @@ def train_transformer(
         )
         run.require_same(KIND, inputs, configs.to_dict(config), FREE)  # before anything is foretold of another run
         is_finished = run.is_finished(config.steps)
+        own_tokenizer = load_tokenizer(source_folder, where)
+        require_tokenizer(cache, own_tokenizer.fingerprint(), f"`{source_folder}`")  # which its manifest need not know
         trainer = TransformerTrainer(
             config,
-            load_tokenizer(source_folder, where),
+            own_tokenizer,
             CodesSource(train, config.batch_size, config.seed, where),
             CodesSource(validation, config.batch_size, config.seed, where) if validation else None,
             classes=cache.classes,

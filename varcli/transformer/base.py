@@ -8,6 +8,7 @@ from typing import Any
 from varcli.errors import ConfigError
 from varcli.scales import NAMED_SCHEDULES, PatchNums
 
+_MOST_BLOCKS, _MOST = 1000, 2**20  # far beyond any model: a larger number is a mistake or malice, and would hang
 _GAMMA_BY_DEPTH = ((20, 1e-3), (24, 1e-4), (30, 1e-5))
 """Start of the residual gates up to a depth, from the recipes of the released models; deeper ones take 5e-6."""
 
@@ -38,6 +39,15 @@ class TransformerConfig:
         sizes = (self.vocab_size, self.code_channels, self.num_classes, self.depth, self.width, self.num_heads)
         if min(sizes) < 1:
             raise ConfigError("vocab_size, code_channels, num_classes, depth, width and num_heads must be at least 1")
+        if (
+            self.depth > _MOST_BLOCKS
+            or max(sizes) > _MOST
+            or self.mlp_ratio > _MOST / self.width
+            or self.seq_len > _MOST
+        ):
+            raise ConfigError(
+                f"depth is at most {_MOST_BLOCKS:,}, and codes, channels, classes and tokens are at most {_MOST:,} each"
+            )
         if not self.step_lengths or min(self.step_lengths) < 1:
             raise ConfigError(f"step_lengths must be counts of at least 1, but are {self.step_lengths}")
         if self.width % self.num_heads:
