@@ -131,6 +131,12 @@ def test_impossible_settings_are_refused(values):
         resolved(config)
 
 
+def test_a_stored_warm_up_that_is_too_long_is_told_as_such():
+    stored = configs.to_dict(resolved(TrainConfig(depth=16)))
+    with pytest.raises(ConfigError, match="was begun with a warm-up of"):
+        resolved(TrainConfig(depth=16, steps=5), stored=stored)
+
+
 def test_an_unknown_setting_names_the_nearest():
     with pytest.raises(ConfigError) as caught:
         configs.replace(TrainConfig(), {"lerning_rate": 1.0})

@@ -142,6 +142,8 @@ def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path, codes, tokenize
     assert train(codes, tmp_path / "run", tokenizer_folder, on_step=reports.append).step == 12
     assert "all its 12 steps" in reports[0].message
     assert train(codes, tmp_path / "run", tokenizer_folder, replace(TINY, steps=14)).step == 14
+    with pytest.raises(ConfigError, match="has trained 14 steps already"):
+        train(codes, tmp_path / "run", tokenizer_folder, replace(TINY, steps=1))
 
 
 def test_the_tokenizer_is_found_by_its_fingerprint(tmp_path, codes, tokenizer_folder, monkeypatch):

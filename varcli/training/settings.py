@@ -218,6 +218,11 @@ def resolve(
     resolved = configs.replace(
         config, {**changes, "precision": precision if config.precision == "auto" else config.precision}
     )
+    if "warmup_steps" not in changes and "warmup_steps" not in fixed and resolved.warmup_steps > resolved.steps:
+        raise ConfigError(
+            f"the run was begun with a warm-up of {resolved.warmup_steps:,} steps, but {resolved.steps:,} steps are asked for",
+            "ask for more steps, or give another warm-up: --set warmup_steps=N",
+        )
     if resolved.keep_best and not has_validation:
         raise ConfigError("keep_best needs a validation split, but the codes cache has none", "give the images a val/")
     _check_averages(resolved, has_validation)

@@ -91,6 +91,8 @@ def train_transformer(
         config = config or TrainConfig()
         given = configs.changed(config) if given is None else given
         inherited = {} if parent is None else parent.settings(given)
+        if config.steps is not None:
+            run.is_finished(config.steps)  # fewer than are done is the first thing to say
         config = resolve(
             config,
             num_images=len(train.sources.unique()),
