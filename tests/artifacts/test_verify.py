@@ -95,6 +95,15 @@ def test_names_that_leave_the_folder_are_refused(folder, name):
         read_manifest(folder)
 
 
+@pytest.mark.parametrize("size", [-5, 2**40, 2**63])
+def test_a_size_that_no_file_has_is_one_error_and_takes_no_memory(folder, size):
+    value = json.loads((folder / "manifest.json").read_text())
+    value["files"]["weights.safetensors"]["size"] = size
+    (folder / "manifest.json").write_text(json.dumps(value))
+    with pytest.raises(IntegrityError):
+        read_checked_tensors(folder, "weights.safetensors", read_manifest(folder))
+
+
 def test_a_link_in_place_of_a_file_is_not_followed(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "w"
     (folder / "weights.safetensors").rename(elsewhere)

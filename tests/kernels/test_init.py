@@ -8,6 +8,7 @@ import torch
 import varcli.kernels as kernels_room
 from varcli.errors import ConfigError
 from varcli.kernels import resolve_kernels
+from varcli.kernels.wake import wake
 
 
 def test_auto_is_triton_on_a_gpu_that_has_it_and_torch_elsewhere(monkeypatch):
@@ -53,3 +54,12 @@ def test_amds_gpus_take_torch(monkeypatch):
 def test_unknown_kernels_are_refused():
     with pytest.raises(ConfigError, match="tritan"):
         resolve_kernels("tritan", torch.device("cuda"))
+
+
+@pytest.mark.gpu
+def test_all_that_is_awakened_is_there():
+    wake(torch.device("cuda", 0))
+
+
+def test_without_a_gpu_there_is_nothing_to_wake():
+    wake(torch.device("cpu"))

@@ -13,6 +13,7 @@ from varcli.sampling import Generator, SampleConfig
 from varcli.sampling.memory import choose_batch_size, choose_decode_chunk, image_bytes
 from varcli.sampling.walk import walk_steps
 from varcli.tokenizer import TokenizerConfig
+from varcli.tokenizer.store import save_tokenizer
 from varcli.transformer import TransformerConfig
 
 
@@ -55,7 +56,7 @@ def test_weights_kept_in_half_precision_give_what_autocast_gives_bit_for_bit(gen
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_decoder_kept_in_half_precision_gives_what_autocast_gives_bit_for_bit(generator, dtype):
+def test_a_decoder_kept_in_half_precision_gives_what_autocast_gives_bit_for_bit(generator, dtype, tmp_path):
     generator.transformer.keep_products_in(dtype)
     f_hat = torch.randn(2, *generator.order.start(1, generator.device).shape[1:])
     expected = generator.decode(f_hat)
@@ -64,6 +65,11 @@ def test_a_decoder_kept_in_half_precision_gives_what_autocast_gives_bit_for_bit(
     assert {parameter.dtype for parameter in generator.tokenizer.encoder.parameters()} == {torch.float32}
     with pytest.raises(ConfigError, match="no fingerprint"):
         generator.tokenizer.fingerprint()
+    for stored in (None, torch.float16):
+        with pytest.raises(ConfigError, match="is not saved"):
+            save_tokenizer(tmp_path / "tokenizer", generator.tokenizer, dtype=stored)
+    assert not (tmp_path / "tokenizer").exists()
+    assert generator.tokenizer.decode(f_hat).shape == (2, 3, 32, 32)  # outside of autocast, too
 
 
 def test_a_loaded_model_decodes_in_its_precision_and_knows_its_tokenizers_fingerprint():

@@ -101,6 +101,19 @@ def test_the_rounded_weights_of_phases_cost_no_more_than_rounded_weights():
     assert (by_phases.double() - exact).norm() < 1.1 * (plain.double() - exact).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_kept_phases_are_those_added_up_at_each_call(dtype):
+    torch.manual_seed(0)
+    upsample, maps = Upsample(16), torch.randn(2, 16, 5, 5).to(dtype)
+    with torch.autocast("cpu", dtype):
+        expected = upsample.fused_forward(maps)
+        upsample.keep_phases_in(dtype)
+        for found, other in zip(upsample.fused_forward(maps), expected, strict=True):
+            assert torch.equal(found, other)
+    assert "phases" not in upsample.state_dict()
+
+
 def test_fused_downsampling_is_the_same_function_and_knows_its_moments():
     torch.manual_seed(0)
     downsample = Downsample(6).requires_grad_(False)

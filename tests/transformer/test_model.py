@@ -83,6 +83,26 @@ def test_keys_and_values_of_the_last_step_take_room_in_one_block_alone(lively_tr
     torch.testing.assert_close(torch.cat(steps, dim=1), model(LABELS, features), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@torch.no_grad()
+def test_samples_that_others_repeat_are_given_once(lively_transformer, features, kernels):
+    lively_transformer.kernels = kernels
+    labels = torch.cat((LABELS, LABELS.flip(0)))
+    whole, part = (lively_transformer.start_cache(labels) for _ in range(2))
+    for x_BlZ in (None, features[:, :4], features[:, 4:]):
+        given = None if x_BlZ is None else torch.cat((x_BlZ, x_BlZ))
+        assert torch.equal(lively_transformer.step(x_BlZ, part), lively_transformer.step(given, whole))
+
+
+@pytest.mark.parametrize(("samples", "given"), [(5, 2), (4, 3), (3, 4)])
+@torch.no_grad()
+def test_samples_that_do_not_fit_the_cache_are_refused(lively_transformer, samples, given):
+    cache = lively_transformer.start_cache(torch.zeros(samples, dtype=torch.int64))
+    lively_transformer.step(None, cache)
+    with pytest.raises(ShapeError, match=rf"x must have shape \({samples}, 4, 8\)"):
+        lively_transformer.step(torch.zeros(given, 4, 8), cache)
+
+
 def test_features_of_another_length_are_refused(tiny_transformer, features):
     with pytest.raises(ShapeError, match=r"x must have shape \(2, 20, 8\), but has \(2, 19, 8\)"):
         tiny_transformer(LABELS, features[:, :19])

@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 
+from varcli.artifacts import verify
 from varcli.artifacts.manifest import write_manifest
+from varcli.artifacts.tensors import parse_tensors
 from varcli.artifacts.verify import read_manifest
 from varcli.artifacts.write import write_tensors
 from varcli.errors import ArtifactError, ConfigError, IntegrityError
@@ -88,3 +90,25 @@ def test_weights_that_do_not_fit_their_config_are_refused(
     rewrite(tmp_path, change_info, change_weights)
     with pytest.raises((ArtifactError, ConfigError), match=message):
         load_transformer(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_nothing_else_of_the_file_alive(tiny_transformer, tmp_path, dtype, monkeypatch):
+    save_transformer(tmp_path, tiny_transformer, INFO)
+    read = []
+    monkeypatch.setattr(verify, "parse_tensors", lambda data, path: read.append(data) or parse_tensors(data, path))
+    model, _ = load_transformer(tmp_path, dtype=dtype)
+    start = torch.frombuffer(read[0], dtype=torch.uint8).data_ptr()
+    assert not [name for name, one in model.named_parameters() if start <= one.data_ptr() < start + len(read[0])]
+
+
+def test_numbers_beyond_fp16_are_told_as_such(tiny_transformer, tmp_path):
+    save_transformer(tmp_path, tiny_transformer, INFO)
+    rewrite(tmp_path, change_weights=lambda weights: weights["blocks.0.attention.qkv.weight"].fill_(1e5))
+    load_transformer(tmp_path, dtype=torch.bfloat16)
+    with pytest.raises(ArtifactError, match=r"attention\.qkv\.weight") as caught:
+        load_transformer(tmp_path, dtype=torch.float16)
+    assert "--precision bf16" in caught.value.hint
+    rewrite(tmp_path, change_weights=lambda weights: weights["blocks.0.attention.qkv.weight"].fill_(float("nan")))
+    with pytest.raises(ArtifactError, match=r"attention\.qkv\.weight"):
+        load_transformer(tmp_path, dtype=torch.bfloat16)

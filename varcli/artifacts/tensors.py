@@ -1,4 +1,4 @@
-"""The safetensors format, read without copying: its header checked to the last byte, its tensors views of what was read.
+"""The safetensors format, read without copying: a header checked as strictly as the library does, tensors that are views.
 
 safetensors itself copies every tensor while no other thread can run Python, half a second for a model of a gigabyte.
 Format: https://github.com/huggingface/safetensors.
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from varcli.errors import ArtifactError
 
 MAX_HEADER = 16 * 2**20  # bytes; d36 has a header of 60 kB
-_LENGTH = struct.Struct("<Q")  # of the header, in front of it
+LENGTH = struct.Struct("<Q")  # of the header, in front of it
+_MOST_AXES = 64  # of torch's tensors
 _DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",
     "U16": "uint16", "I16": "int16", "F16": "float16", "BF16": "bfloat16",
@@ -32,67 +33,65 @@ class TensorEntry(NamedTuple):
     end: int
 
 
-def parse_header(start: bytes | bytearray, path: Path) -> dict[str, TensorEntry]:
-    """Return what the header at the start of a safetensors file says; its data need not be there.
+def parse_header(head: bytes | memoryview, size: int, path: Path) -> dict[str, TensorEntry]:
+    """Return what the header of a safetensors file says, from its first bytes; what follows the header need not be there.
 
-    path: for messages. Raises ArtifactError for what no honest writer makes, some of which the library accepts: a header
-    over 16 MB or not starting with `{`, a name that stands twice, data with holes in it.
+    size: of the whole file. path: for messages. Raises ArtifactError for what no honest writer makes, some of which the
+    library accepts: a header over 16 MB or not starting with `{`, a name that stands twice, data with holes in it or of
+    another size than the file's.
     """
     foreign = ArtifactError(
         f"`{path}` is not a safetensors file", "varcli import reads .pth files, other commands do not"
     )
-    if len(start) <= _LENGTH.size:
+    if len(head) <= LENGTH.size:
         raise foreign
-    (length,) = _LENGTH.unpack_from(start)
-    first = _LENGTH.size + length
-    if length > MAX_HEADER or start[_LENGTH.size : _LENGTH.size + 1] != b"{":
-        if start.startswith(b"version https://git-lfs"):
+    (length,) = LENGTH.unpack_from(head)
+    data_start = LENGTH.size + length
+    if length > MAX_HEADER or bytes(head[LENGTH.size : LENGTH.size + 1]) != b"{":
+        if bytes(head[:64]).startswith(b"version https://git-lfs"):
             raise ArtifactError(f"`{path}` is a git-lfs pointer, not the file itself", "run `git lfs pull`")
         raise foreign
     try:
-        header = json.loads(start[_LENGTH.size : first], object_pairs_hook=_refuse_duplicates)
-        header.pop("__metadata__", None)
-        entries = {name: _read_entry(entry, first) for name, entry in header.items()}
-        end = first
+        text = bytes(head[LENGTH.size : data_start]).decode("utf-8")
+        header = json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse)
+        _check_metadata(header.pop("__metadata__", None))
+        entries = {name: _read_entry(name, entry, data_start) for name, entry in header.items()}
+        end = data_start
         for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
             if entry.start != end or entry.end < entry.start:
                 raise ValueError("tensors overlap or leave bytes between them")
             end = entry.end
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"`{path}` has a damaged safetensors header: {error}") from None
-    return entries
-
-
-def require_whole(entries: dict[str, TensorEntry], size: int, start: bytes | bytearray, path: Path) -> None:
-    """Raise ArtifactError unless a file of `size` bytes ends where its last tensor does. start: the file's beginning."""
-    end = max((entry.end for entry in entries.values()), default=_LENGTH.size + _LENGTH.unpack_from(start)[0])
     if size != end:
         raise ArtifactError(
             f"`{path}` is not whole: {size:,} bytes, and its header speaks of {end:,}", "fetch or make it again"
         )
+    return entries
 
 
-def parse_tensors(data: bytearray, path: Path) -> dict[str, Any]:
-    """Return the tensors of a safetensors file as views of `data`, which belongs to them from now on.
+def parse_tensors(data: memoryview, path: Path) -> dict[str, Any]:
+    """Return the tensors of a safetensors file as views of `data`, which can be written and belongs to them from now on.
 
     path: for messages. Raises ArtifactError if it is damaged.
     """
     import torch
 
-    entries = parse_header(data, path)
-    require_whole(entries, len(data), data, path)
     tensors = {}
-    for name, entry in entries.items():
+    for name, entry in parse_header(data, len(data), path).items():
         dtype = getattr(torch, _DTYPES.get(entry.dtype, ""), None)
         if dtype is None:
-            raise ArtifactError(f"`{path}` holds numbers of a type that varcli does not read: {entry.dtype}")
+            raise ArtifactError(
+                f"`{path}`: `{name}` holds numbers of a type that varcli does not read: {entry.dtype}",
+                "store them as F32, F16 or BF16",
+            )
         count = math.prod(entry.shape)
         if entry.end - entry.start != count * dtype.itemsize:
             raise ArtifactError(f"`{path}` has a damaged safetensors header: `{name}` has another size than its shape")
         if count == 0:  # of which torch makes no view
             flat = torch.empty(0, dtype=dtype)
         elif entry.start % dtype.itemsize:
-            flat = torch.frombuffer(data[entry.start : entry.end], dtype=dtype)
+            flat = torch.frombuffer(bytearray(data[entry.start : entry.end]), dtype=dtype)
         else:
             flat = torch.frombuffer(data, dtype=dtype, count=count, offset=entry.start)
         try:
@@ -102,13 +101,22 @@ def parse_tensors(data: bytearray, path: Path) -> dict[str, Any]:
     return tensors
 
 
-def _read_entry(entry: dict[str, Any], first: int) -> TensorEntry:
-    """first: where in the file the data begin."""
+def _read_entry(name: str, entry: dict[str, Any], data_start: int) -> TensorEntry:
+    name.encode("utf-8")  # raises ValueError for half of a surrogate pair
     start, end = entry["data_offsets"]
+    if len(entry["shape"]) > _MOST_AXES:
+        raise ValueError(f"a tensor has {len(entry['shape'])} axes, more than {_MOST_AXES}")
     for number in (start, end, *entry["shape"]):
         if type(number) is not int or not 0 <= number < 2**63:
             raise ValueError(f"{number!r} is no size")
-    return TensorEntry(str(entry["dtype"]), tuple(entry["shape"]), first + start, first + end)
+    return TensorEntry(str(entry["dtype"]), tuple(entry["shape"]), data_start + start, data_start + end)
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is None:
+        return
+    for part in (*metadata.keys(), *metadata.values()):
+        part.encode("utf-8")
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -116,3 +124,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(set(keys)) != len(keys):
         raise ValueError("one name stands twice")
     return dict(pairs)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from varcli.artifacts.manifest import FORMAT_VERSION, MANIFEST_NAME, PLAN_NAME, FileEntry, Manifest, hash_files
-from varcli.artifacts.tensors import MAX_HEADER, parse_header, parse_tensors, require_whole
+from varcli.artifacts.tensors import LENGTH, MAX_HEADER, parse_header, parse_tensors
 from varcli.errors import ArtifactError, IntegrityError
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -126,6 +126,8 @@ def read_manifest(folder: Path, kind: str | None = None) -> Manifest:
     for name, entry in manifest.files.items():
         if not _NAME.fullmatch(name) or name in (".", "..") or not _SHA256.fullmatch(entry.sha256):
             raise IntegrityError(f"`{path}` names a file that no varcli folder has: {name!r}")
+        if not 0 <= entry.size < 2**62:
+            raise IntegrityError(f"`{path}` says of `{name}` that it has {entry.size} bytes")
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(f"`{folder}` is a {manifest.kind} folder, but a {kind} folder is needed")
     return manifest
@@ -147,7 +149,7 @@ def verify_folder(folder: Path, manifest: Manifest) -> list[str]:
     return [f"{name}: {problems[name]}" for name in manifest.files if name in problems]
 
 
-def read_checked_bytes(folder: Path, name: str, manifest: Manifest) -> bytearray:
+def read_checked_bytes(folder: Path, name: str, manifest: Manifest) -> memoryview:
     """Read a file whole and check its size and SHA-256 on those same bytes. Raises IntegrityError if they differ."""
     entry = manifest.files.get(name)
     if entry is None:
@@ -180,14 +182,12 @@ def read_tensor_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     Raises ArtifactError if it is no safetensors file, or shorter than its header says.
     """
     path = Path(path).resolve()
-    start = _read_regular(path, 8 + MAX_HEADER)
-    entries = parse_header(start, path)
-    require_whole(entries, path.stat().st_size, start, path)
+    entries = parse_header(_read_regular(path, LENGTH.size + MAX_HEADER), path.stat().st_size, path)
     return {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
 
 
-def require_finite(tensors: Mapping[str, Any], where: str) -> None:
-    """Raise ArtifactError naming the tensors that hold NaN or infinity. They may be on a GPU, which is asked once."""
+def require_finite(tensors: Mapping[str, Any], where: str, hint: str = "the training that made it diverged") -> None:
+    """Raise ArtifactError, with `hint`, naming the tensors that hold NaN or infinity. They may be on a GPU, asked once."""
     import torch
 
     def is_finite(tensor: torch.Tensor) -> torch.Tensor:
@@ -199,22 +199,24 @@ def require_finite(tensors: Mapping[str, Any], where: str) -> None:
     bad = [name for name, answer in zip(floats, answers, strict=True) if not answer]
     if bad:
         shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
-        raise ArtifactError(f"{where} holds NaN or infinity in: {shown}", "the training that made it diverged")
+        raise ArtifactError(f"{where} holds NaN or infinity in: {shown}", hint)
 
 
-def _read_regular(path: Path, size: int) -> bytearray:
-    """Read up to `size` + 1 bytes of a regular file without following a link."""
+def _read_regular(path: Path, size: int) -> memoryview:
+    """Read up to `size` + 1 bytes of a regular file, without following a link, into memory that may be written to."""
+    import numpy as np
+
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
         with os.fdopen(descriptor, "rb", buffering=0) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise ArtifactError(f"`{path}` is not a regular file")
-            data, done = bytearray(size + 1), 0
-            with memoryview(data) as room:
-                while count := file.readinto(room[done:]):
-                    done += count
-            del data[done:]
-            return data
+            # a bytearray would be filled with zeros first: a quarter of a second for a gigabyte
+            data, done = memoryview(np.empty(min(size, status.st_size) + 1, dtype=np.uint8)), 0
+            while count := file.readinto(data[done:]):
+                done += count
+            return data[:done]
     except OSError as error:
         if path.is_symlink():
             raise ArtifactError(

@@ -88,7 +88,7 @@ class CodesCache:
     def image_paths(self, split: str) -> list[str]:
         """Return the image listing that `sources` index, as paths below the image folder."""
         self._require(split)
-        text = read_checked_bytes(self.folder, images_name(split), self.manifest).decode("utf-8")
+        text = str(read_checked_bytes(self.folder, images_name(split), self.manifest), "utf-8")
         return [unescape_path(line) for line in text.splitlines()]
 
     def load(self, split: str) -> CodesSplit:

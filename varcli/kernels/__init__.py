@@ -63,6 +63,6 @@ def resolve_kernels(name: str, device: torch.device) -> str:
 def is_launched(x: Tensor) -> bool:
     """Whether a kernel for `x` is launched as it is: on a GPU, where nothing wants gradients and torch.compile is not at work.
 
-    Else it must be an operator of torch's, whose first call imports torch's compiler: half the time of a first picture.
+    Else it must be an operator of torch's, whose first call imports torch's compiler, which takes more than a second.
     """
     return x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MANY_ROWS = 1024  # with fewer, a row's time counts, and two warps more a multiprocessor cost nothing
 # of splitmix64, as in varcli.sampling.noise, which this room does not see: signed 64-bit numbers
 GOLDEN = tl.constexpr(-7046029254386353131)
 MIX_1 = tl.constexpr(-4658895280553007687)
@@ -57,17 +56,16 @@ def draw_codes(
             HAS_TOP_P=top_p is not None and top_p < 1,
             BLOCK=block,
             SECOND=2**16 if vocab_size < 2**15 else 2**32,  # what a second count is worth in a sum with a first
-            num_warps=_num_warps(block, batch * length),
+            num_warps=_num_warps(block),
         )
     return codes_Bl
 
 
-def _num_warps(block: int, num_rows: int) -> int:
-    """On an H100 64 x 256 rows of 4,096 take 1.28 ms with 4 warps, and 1.52, 1.45 and 1.89 with 2, 8 and 16; one row likes 8.
-
-    Large blocks in few warps take a minute to compile.
-    """
-    return min(32, max(4 if num_rows >= _MANY_ROWS else 8, block // 1024))
+def _num_warps(block: int) -> int:
+    """Return how many warps draw a row, whatever the batch: sums in another order might draw another code."""
+    # 64 x 256 rows of 4,096 on an H100: 1.28 ms with 4, and 1.52, 1.45 and 1.89 with 2, 8 and 16; one row 25 us, with 8 21;
+    # a large block in few warps takes a minute to compile
+    return min(32, max(4, block // 1024))
 
 
 @triton.jit

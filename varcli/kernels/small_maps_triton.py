@@ -1,7 +1,7 @@
 """Triton kernels of a step's own maps, of some hundred positions: resized, blended into f_hat, and read by the transformer.
 
-What `varcli.tokenizer.quantizer` and a transformer's first layer say in torch, each in one launch where that takes five: for
-one image the launches are what takes time. Nothing here has gradients.
+What `varcli.tokenizer.quantizer` and a transformer's first layer say in torch, each in one launch: for one image the launches
+are what takes time. Nothing here has gradients.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from varcli.kernels.norm import norm
 def wake(device: torch.device) -> None:
     """Call each library that a transformer and a decoder are computed by once, so that the first picture does not wait.
 
-    For a thread beside others, which mostly run while this one waits: a second of CUDA's context, cuBLAS, cuDNN and Triton
-    on an H100. Does nothing elsewhere.
+    Meant for a thread of its own, while files are read: CUDA, cuBLAS, cuDNN and Triton together take a second at their first
+    call on an H100. Does nothing elsewhere. device: with the number of its GPU, since each thread has a current one.
     """
     if device.type != "cuda":
         return

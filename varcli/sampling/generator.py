@@ -32,6 +32,7 @@ from varcli.sampling.settings import SampleConfig
 from varcli.sampling.transfer import Transfer
 from varcli.sampling.walk import walk_steps
 from varcli.tokenizer import VQVAE
+from varcli.tokenizer.convolutions import Upsample
 from varcli.tokenizer.store import load_tokenizer
 from varcli.transformer import Transformer
 from varcli.transformer.store import load_transformer
@@ -100,11 +101,12 @@ class Generator:
         ConfigError if the device has no FP8.
         """
         folder, where = find_model(name).folder, resolve_device(device)
-        if where.type == "cuda" and where.index is None:  # which GPU that is, each thread says for itself
+        if where.type == "cuda" and where.index is None:
+            # each thread has a current GPU of its own; to ask for it would start CUDA here, if that is not done yet
             where = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
         dtype = resolve_precision(precision, where)
         with ThreadPoolExecutor(2) as pool:  # most of either is reading, and digests of what was read
-            pool.submit(wake, where)
+            pool.submit(wake, where)  # what fails there fails again where it is needed
             other = pool.submit(_load_tokenizer, folder / "tokenizer", where, dtype)
             transformer, manifest = load_transformer(folder / "transformer", where, dtype, fp8)
             tokenizer, found = other.result()
@@ -230,6 +232,10 @@ class Generator:
             introduce()
             for part in (self.tokenizer.post_conv, self.tokenizer.decoder):
                 part.to(memory_format=torch.channels_last)  # slower than before unless it is compiled
+            dtype = self.transformer.output_projection.weight.dtype
+            for part in self.tokenizer.decoder.modules():
+                if isinstance(part, Upsample) and dtype != torch.float32:
+                    part.keep_phases_in(dtype)
         self._to_pixels = torch.compile(to_pixels, backend=backend, dynamic=False)
 
     def stream(

@@ -111,8 +111,9 @@ class Upsample(nn.Module):
         phases = self._weight_of_phases() if self.phases is None else self.phases
         return interleave_phases(F.conv2d(x, phases, padding=1), self.conv.bias)
 
+    @torch.no_grad()
     def keep_phases_in(self, dtype: torch.dtype) -> None:
-        """Add up the weights for `fused_forward` once and keep the sums, for weights that do not change any more."""
+        """Add up the weights for `fused_forward` once and keep the sums: only for weights that do not change any more."""
         self.phases = self._weight_of_phases().to(dtype)
 
     def _weight_of_phases(self) -> Tensor:

@@ -20,6 +20,8 @@ from varcli.kernels import is_launched, resolve_kernels
 from varcli.shapes import check_shape
 from varcli.tokenizer.base import TokenizerConfig
 
+_BLENDED_AT_ONCE = 64  # channels that a program of the kernel holds; twice as many take minutes to compile
+
 
 def assign_phis(num_scales: int, num_phis: int) -> list[int]:
     """Return which phi convolution each of `num_scales` scales uses.
@@ -48,9 +50,9 @@ def resize(x_BZss: Tensor, weights_ts: Tensor) -> Tensor:
 
     Two small matrix products in place of `F.interpolate`, whose bicubic kernel leaves most of a GPU idle, whose gradient
     scatters sixteen taps a pixel, and whose area mode takes only divisible sizes on MPS. In float64, so that TF32, where
-    it is on, does not round them; MPS has neither.
+    it is on, does not round them; MPS has neither. On a GPU, without gradients, Triton does it in one launch.
     """
-    if _is_launched(x_BZss):
+    if _takes_triton(x_BZss):
         from varcli.kernels.small_maps_triton import launch_resize
 
         return launch_resize(x_BZss, weights_ts)
@@ -59,7 +61,8 @@ def resize(x_BZss: Tensor, weights_ts: Tensor) -> Tensor:
     return (weights @ x_BZss.to(dtype) @ weights.T).to(x_BZss.dtype)
 
 
-def _is_launched(x: Tensor) -> bool:
+def _takes_triton(x: Tensor) -> bool:
+    """Whether a kernel of `varcli.kernels.small_maps_triton` computes what torch is told here, to float32's rounding."""
     return is_launched(x) and x.dtype == torch.float32 and resolve_kernels("auto", x.device) == "triton"
 
 
@@ -121,13 +124,13 @@ class MultiScaleQuantizer(nn.Module):
 
     def _add(self, f_hat_BZhw: Tensor, vectors_BlZ: Tensor, scale: int) -> Tensor:
         """Add one scale to f_hat."""
-        if not (self.phis and _is_launched(f_hat_BZhw)):
+        if not (self.phis and _takes_triton(f_hat_BZhw) and self.code_channels <= _BLENDED_AT_ONCE):
             return f_hat_BZhw + self.contribution(vectors_BlZ, scale)
         from varcli.kernels.small_maps_triton import launch_blend
 
         convolution = self.phis[self.phi_of_scale[scale]]
         h = self._enlarge(vectors_BlZ, scale)
-        return launch_blend(f_hat_BZhw, h, convolution.weight, convolution.bias, self.phi_residual)
+        return launch_blend(f_hat_BZhw, h, convolution.weight.float(), convolution.bias.float(), self.phi_residual)
 
     def advance(self, f_hat_BZhw: Tensor, vectors_BlZ: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
         """Add one scale to f_hat, and shrink the sum to what the transformer reads for the next scale.

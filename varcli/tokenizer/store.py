@@ -13,7 +13,7 @@ from varcli.artifacts.manifest import Manifest, write_manifest
 from varcli.artifacts.verify import read_checked_tensors, read_manifest, require_finite
 from varcli.artifacts.weights import load_state, without_weights
 from varcli.artifacts.write import prepare_folder, write_tensors
-from varcli.errors import ArtifactError
+from varcli.errors import ArtifactError, ConfigError
 from varcli.tokenizer.base import TokenizerConfig
 from varcli.tokenizer.vqvae import VQVAE
 
@@ -31,6 +31,8 @@ def save_tokenizer(
     torch.float16 for half the size; None keeps float32. With a dtype the fingerprint is that of the rounded weights,
     which are what a reader gets.
     """
+    if tokenizer.is_decoder_rounded:
+        raise ConfigError("a tokenizer whose decoder was rounded is not saved", "load it anew")
     state = {name: tensor.detach().cpu() for name, tensor in tokenizer.state_dict().items()}
     if dtype is not None:
         # counts may exceed what half precision holds

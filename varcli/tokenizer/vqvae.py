@@ -31,6 +31,7 @@ class VQVAE(nn.Module):
         self.decoder = Decoder(config)
         for part in (self.encoder, self.decoder, self.pre_conv, self.post_conv):
             init_weights(part)
+        self.is_decoder_rounded = False  # by `keep_decoder_in`
 
     def features(self, images_B3HW: Tensor) -> Tensor:
         """Return the feature map f (B, Z, h, w) that the quantizer encodes.
@@ -53,7 +54,11 @@ class VQVAE(nn.Module):
 
     def decode_raw(self, f_hat_BZhw: Tensor) -> Tensor:
         """Return the decoder's images without the clamp, as training needs them."""
-        return self.decoder(self.post_conv(f_hat_BZhw))
+        dtype, device = self.post_conv.weight.dtype, f_hat_BZhw.device
+        if not self.is_decoder_rounded or torch.is_autocast_enabled(device.type):
+            return self.decoder(self.post_conv(f_hat_BZhw))
+        with torch.autocast(device.type, dtype):
+            return self.decoder(self.post_conv(f_hat_BZhw))
 
     def forward(self, images_B3HW: Tensor, num_kept_B: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Training pass: (reconstruction (B, 3, H, W) not clamped, quantizer loss, codes (B, L)).
@@ -66,18 +71,17 @@ class VQVAE(nn.Module):
     def keep_decoder_in(self, dtype: torch.dtype) -> None:
         """Keep the weights of the decoder's convolutions in half precision: what autocast computes, without its copies.
 
-        Those that double the side are added up before they are rounded, and also stay as they are. Does nothing for float32.
+        Those of `Upsample` stay float32, since they are added up before they are rounded. Does nothing for float32. From then
+        on the tokenizer is neither saved nor known by a fingerprint.
         """
         if dtype == torch.float32:
             return
+        self.is_decoder_rounded = True
         modules = [self.post_conv, *self.decoder.modules()]
-        doubling = [module for module in modules if isinstance(module, Upsample)]
-        left_out = {id(module.conv) for module in doubling}
+        left_out = [module.conv for module in modules if isinstance(module, Upsample)]
         for module in modules:
-            if isinstance(module, nn.Conv2d) and id(module) not in left_out:
+            if isinstance(module, nn.Conv2d) and all(module is not other for other in left_out):
                 module.weight.data = module.weight.data.to(dtype)
-        for module in doubling:
-            module.keep_phases_in(dtype)
 
     @torch.no_grad()
     def fingerprint(self) -> str:
@@ -85,8 +89,11 @@ class VQVAE(nn.Module):
 
         Raises ConfigError if `keep_decoder_in` has rounded some of them.
         """
-        if self.post_conv.weight.dtype != torch.float32:
-            raise ConfigError("a tokenizer whose decoder was rounded has no fingerprint", "take it before")
+        if self.is_decoder_rounded:
+            raise ConfigError(
+                "a tokenizer whose decoder was rounded has no fingerprint",
+                "load it anew, or use Generator.tokenizer_fingerprint",
+            )
         digest = hashlib.sha256(json.dumps(configs.to_dict(self.config), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             if name != "quantizer.usage_KV":

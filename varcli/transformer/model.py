@@ -22,6 +22,7 @@ from varcli.transformer.attention import BlockLinear, LayerCache, attend_by_step
 from varcli.transformer.base import TransformerConfig
 from varcli.transformer.blocks import COMPILED, Block, Condition, Stream, cached_queries, modulated_norm
 
+_EMBEDDED_AT_ONCE = 256  # code channels that a program of the kernel holds
 _UNDECAYED = ("start_position", "positions", "step_embedding", "log_scale", "modulation_offset")
 
 
@@ -203,9 +204,8 @@ class Transformer(nn.Module):
         """Prepare step-by-step inference for a batch of classes; `config.num_classes` stands for no class."""
         condition_BC = self.embed_labels(labels_B)
         condition, head_modulation = self._modulate(condition_BC)
-        rounded = condition._replace(
-            activated_BC=condition.activated_BC.to(self._compute_dtype())
-        )  # once for all blocks
+        activated_BC = condition.activated_BC.to(self._compute_dtype())  # once for all blocks
+        rounded = condition._replace(activated_BC=activated_BC)
         modulations = [block.modulate(rounded) for block in self.blocks]
         positions_1LC = self._embed_positions()
         return KVCache(self._empty_layers(len(labels_B)), condition_BC, modulations, head_modulation, positions_1LC)
@@ -268,12 +268,14 @@ class Transformer(nn.Module):
     def _embed(self, x_BlZ: Tensor, positions_1lC: Tensor, batch: int) -> Tensor:
         """Return what the first block reads of a step, (batch, l, C)."""
         config, layer = self.config, self.input_projection
-        copies = max(1, batch // max(1, len(x_BlZ)))
-        check_shape("x", x_BlZ, (batch // copies, positions_1lC.shape[1], config.code_channels))
-        if self.kernels == "triton" and is_launched(x_BlZ):
+        copies, rest = divmod(batch, max(1, len(x_BlZ)))
+        samples = batch if rest or not copies else batch // copies
+        check_shape("x", x_BlZ, (samples, positions_1lC.shape[1], config.code_channels))
+        if self.kernels == "triton" and is_launched(x_BlZ) and config.code_channels <= _EMBEDDED_AT_ONCE:
             from varcli.kernels.small_maps_triton import launch_embed
 
-            return launch_embed(x_BlZ, layer.weight, layer.bias, positions_1lC, copies, self._compute_dtype())
+            weights = layer.weight.float(), layer.bias.float()
+            return launch_embed(x_BlZ.float(), *weights, positions_1lC, copies, self._compute_dtype())
         return (self._project(x_BlZ.repeat(copies, 1, 1)) + positions_1lC).to(self._compute_dtype())
 
     def _project(self, x_BlZ: Tensor) -> Tensor:
@@ -314,8 +316,8 @@ class Transformer(nn.Module):
                 if not is_kept_in_fp8(module):
                     module.to(device).to(dtype)
             else:
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.float()
+                for parameter in module.parameters(recurse=False):  # copies: views would keep alive all that was read
+                    parameter.data = parameter.data.to(torch.float32, copy=True)
 
     def keep_in_fp8(self, device: torch.device | None = None) -> None:
         """Keep the weights of each block's four large products in FP8 alone, for products in FP8; the rest as for bfloat16.

@@ -47,7 +47,8 @@ def load_transformer(
 ) -> tuple[Transformer, Manifest]:
     """Read a transformer folder, ready for inference, with its manifest.
 
-    dtype: what matrix products are computed in, see `Transformer.keep_products_in`; the device never holds more.
+    dtype: what matrix products are computed in, see `Transformer.keep_products_in`; the device never holds more than that
+    and one layer as it is in the file.
     fp8: those of the blocks are computed in FP8 beside it, see `Transformer.keep_in_fp8`.
     Raises ArtifactError (IntegrityError for changed bytes) if it is not whole or its weights do not fit its config,
     ConfigError where there is no FP8.
@@ -68,5 +69,11 @@ def load_transformer(
     elif dtype != torch.float32:
         model.keep_products_in(dtype, torch.device(device))
     model = model.to(device).eval().requires_grad_(False)
-    require_finite(model.state_dict(), f"`{folder}`")  # on the device: half a second for a gigabyte on a CPU
+    # on the device: half a second for a gigabyte on a CPU
+    if dtype == torch.float16:
+        require_finite(
+            model.state_dict(), f"`{folder}`", "or its numbers are beyond what fp16 holds: use --precision bf16"
+        )
+    else:
+        require_finite(model.state_dict(), f"`{folder}`")
     return model, manifest
