@@ -230,12 +230,12 @@ class Generator:
             self.transformer.compile_steps(backend)
         if self.device.type == "cuda":
             introduce()
-            for part in (self.tokenizer.post_conv, self.tokenizer.decoder):
-                part.to(memory_format=torch.channels_last)  # slower than before unless it is compiled
             dtype = self.transformer.output_projection.weight.dtype
             for part in self.tokenizer.decoder.modules():
                 if isinstance(part, Upsample) and dtype != torch.float32:
                     part.keep_phases_in(dtype)
+            for part in (self.tokenizer.post_conv, self.tokenizer.decoder):
+                part.to(memory_format=torch.channels_last)  # slower than before unless it is compiled
         self._to_pixels = torch.compile(to_pixels, backend=backend, dynamic=False)
 
     def stream(
