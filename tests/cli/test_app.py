@@ -113,7 +113,8 @@ def test_sigterm_is_told_and_exits_75():
     done = _run(Terminated())
     assert done.exit_code == 75
     assert (
-        done.stderr == "error: stopped by SIGTERM\n\nhint: run the same command again to go on from what was finished\n"
+        done.stderr
+        == "error: stopped by SIGTERM\n\nhint: run the same command again: what it finished and kept is not done anew\n"
     )
 
 

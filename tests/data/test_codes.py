@@ -207,6 +207,12 @@ def test_a_folder_with_other_things_is_refused(tiny_images, tmp_path):
         write(tmp_path / "codes", tiny_images)
 
 
+def test_a_run_in_place_of_codes_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="is a run, but a codes cache is needed"):
+        CodesCache.open(tmp_path)
+
+
 def test_two_writers_are_refused(tiny_images, tmp_path):
     tree = open_images(tiny_images)
     with CodesWriter(tmp_path / "codes", make_plan(), tree), pytest.raises(LockedError):

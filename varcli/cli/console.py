@@ -102,7 +102,7 @@ def interrupted(by: KeyboardInterrupt) -> int:
     """Tell that Ctrl-C or SIGTERM ended the command, and return the exit code that belongs to it."""
     is_terminated = isinstance(by, Terminated)
     what = "stopped by SIGTERM" if is_terminated else "interrupted"
-    error(what, "run the same command again to go on from what was finished")
+    error(what, "run the same command again: what it finished and kept is not done anew")
     return TERMINATED if is_terminated else INTERRUPTED
 
 

@@ -20,6 +20,7 @@ from varcli.data.codes_shards import CodesPlan
 from varcli.data.codes_writer import CODES_KIND, CodesWriter, begun_with, images_name
 from varcli.data.images import open_images
 from varcli.data.paths import unescape_path
+from varcli.data.runs import is_run
 from varcli.errors import ArtifactError, DataError, IntegrityError, unknown_name
 
 if TYPE_CHECKING:
@@ -65,6 +66,10 @@ class CodesCache:
         """
         folder = Path(folder)
         if not is_artifact(folder) and begun_with(folder) is None:
+            if is_run(folder):
+                raise ArtifactError(
+                    f"`{folder}` is a run, but a codes cache is needed", "pass the folder that `varcli tokenize` wrote"
+                )
             _require_no_images(folder)
         cache = cls(folder, read_manifest(folder, CODES_KIND))
         if verify:

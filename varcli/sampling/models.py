@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from varcli.artifacts.verify import is_artifact
+from varcli.data.runs import is_run
 from varcli.errors import ArtifactError, unknown_name
 
 _RUNS, _MODELS = Path("runs"), Path("models")
@@ -49,6 +50,10 @@ def find_model(name: str | Path | None = None) -> FoundModel:
         raise ArtifactError(
             f"`{name}` is not a model: it lacks a finished tokenizer/ or transformer/",
             "pass a run folder, or one written by `varcli import`",
+        )
+    if is_run(_RUNS / name):
+        raise ArtifactError(
+            f"run `{_RUNS / name}` has no weights yet", "`varcli train` goes on with it; or name another model"
         )
     known = {folder.name for root in (_RUNS, _MODELS, _EMBEDDED) for folder in _folders(root) if _is_model(folder)}
     raise unknown_name("model", str(name), known, ArtifactError)
