@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from varcli.artifacts.manifest import write_manifest
 from varcli.data.images import DecodeConfig, decode_images, open_images
 from varcli.errors import DataError
 
@@ -42,13 +43,13 @@ def test_a_class_called_train_is_a_class(tmp_path):
     assert open_images(tmp_path).classes == ("plane", "train")
 
 
-@pytest.mark.parametrize("name", ["manifest.json", ".plan.json"])
-def test_what_varcli_wrote_beside_the_classes_is_none(tmp_path, name):
-    picture(tmp_path / "a" / "1.png")
-    picture(tmp_path / "b" / "1.png")
-    picture(tmp_path / "codes" / "grid.png")
-    (tmp_path / "codes" / name).write_text("{}")
-    assert open_images(tmp_path).classes == ("a", "b")
+def test_what_varcli_wrote_beside_the_classes_is_none_and_a_class_with_a_manifest_of_its_own_is(tmp_path):
+    for name in ("a", "b", "codes", "unfinished", "theirs"):
+        picture(tmp_path / name / "1.png")
+    write_manifest(tmp_path / "codes", "codes", {}, files=["1.png"])
+    (tmp_path / "unfinished" / ".plan.json").write_text("{}")
+    (tmp_path / "theirs" / "manifest.json").write_text("{}")
+    assert open_images(tmp_path).classes == ("a", "b", "theirs")
 
 
 def test_an_empty_class_keeps_its_number(tmp_path):

@@ -39,7 +39,7 @@ def sampling_stage(
     tokenizer.keep_decoder_in(dtype)
     generator = Generator(tokenizer.to(device), transformer.to(device))
     if config.kernels != ("auto",):
-        transformer.kernels = resolve_kernels(config.kernels[0], device)
+        transformer.kernels = tokenizer.quantizer.kernels = resolve_kernels(config.kernels[0], device)
     if config.compile:
         generator.compile()
     settings = SampleConfig(precision=str(config.precision))

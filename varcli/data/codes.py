@@ -66,11 +66,11 @@ class CodesCache:
         """
         folder = Path(folder)
         if not is_artifact(folder) and begun_with(folder) is None:
+            _require_no_images(folder)
             if is_run(folder):
                 raise ArtifactError(
                     f"`{folder}` is a run, but a codes cache is needed", "pass the folder that `varcli tokenize` wrote"
                 )
-            _require_no_images(folder)
         cache = cls(folder, read_manifest(folder, CODES_KIND))
         if verify:
             for name, entry in cache.manifest.files.items():

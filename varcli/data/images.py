@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from varcli.artifacts.verify import is_artifact, unfinished_kind
 from varcli.data.decode import SUFFIXES, UnusableImage, load_image
 from varcli.data.idx import is_idx_folder, read_idx
 from varcli.data.paths import escape_path
@@ -169,8 +168,8 @@ class _Scan:
             if _is_hidden(entry.name):
                 self.num_ignored += 1
             elif _is_folder(entry):
-                if is_artifact(Path(entry.path)) or unfinished_kind(Path(entry.path)):
-                    self.num_ignored += 1  # such as codes written into the folder of images
+                if _is_ours(Path(entry.path)):
+                    self.num_ignored += 1
                 elif self._may_use(entry, prefix + entry.name):
                     folders.append(entry.name)
             elif not _claims_image(entry.name):
@@ -249,6 +248,15 @@ def _list(folder: Path) -> list[os.DirEntry[str]]:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"cannot read folder `{escape_path(str(folder))}`: {error.strerror}") from None
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether varcli wrote a folder, such as codes among the classes that they were made from."""
+    try:
+        require_no_artifact(folder)
+    except DataError:
+        return True
+    return False
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -23,9 +23,8 @@ KERNELS = ("torch", "triton")
 def is_triton_there() -> bool:
     """Say whether Triton is installed, and the C compiler and headers of Python that it builds its launchers with."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    scheme = sysconfig.get_default_scheme().replace(
-        "posix_local", "posix_prefix"
-    )  # as Triton does, for Debian's Python
+    # Debian's scheme in place of the usual one, as Triton takes it
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
     return importlib.util.find_spec("triton") is not None and bool(compiler) and header.is_file()
 

@@ -14,8 +14,6 @@ from torch import Tensor
 _PLACES = 256  # of a program that resizes
 _POSITIONS = 32  # of a program that blends
 _TOKENS, _COLUMNS = 16, 64  # of a program that embeds
-
-
 _STRIDES = ["sample_stride", "channel_stride", "place_stride"]
 
 
@@ -105,7 +103,7 @@ def launch_resize(x_BZss: Tensor, weights_ts: Tensor) -> Tensor:
 
 
 def launch_blend(f_hat_BZss: Tensor, x_BZss: Tensor, weight_ZZ33: Tensor, bias_Z: Tensor, share: float) -> Tensor:
-    """Return f_hat + (1 - share) x + share (conv(x) + bias), all float32; x may have any strides."""
+    """Return f_hat + (1 - share) x + share (conv(x) + bias), (B, Z, s, s), all float32; x may have any strides."""
     batch, channels, side, _ = f_hat_BZss.shape
     x, f_hat = _with_places(x_BZss), f_hat_BZss.contiguous()
     out = torch.empty_like(f_hat)

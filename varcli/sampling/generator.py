@@ -82,7 +82,7 @@ class Generator:
         self.classes = ClassNames.of(classes, config.num_classes)
         self.device = next(transformer.parameters()).device
         if transformer.output_projection.weight.dtype != torch.float32:  # which computes as golden data do
-            transformer.kernels = resolve_kernels("auto", self.device)
+            transformer.kernels = tokenizer.quantizer.kernels = resolve_kernels("auto", self.device)
         self._to_pixels = to_pixels
         self._decode_chunks: dict[tuple[int, torch.dtype], int] = {}  # images decoded at once, by batch and precision
         self._batch_sizes: dict[tuple[bool, bool, torch.dtype], int] = {}  # by guidance, smoothness and precision

@@ -7,7 +7,7 @@ Source: VAR, arXiv:2404.02905, Alg. 1 and 2; details from its released weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from varcli.devices import float64_or_best
 from varcli.errors import ShapeError
-from varcli.kernels import is_launched, resolve_kernels
+from varcli.kernels import is_launched
 from varcli.shapes import check_shape
 from varcli.tokenizer.base import TokenizerConfig
 
@@ -50,20 +50,11 @@ def resize(x_BZss: Tensor, weights_ts: Tensor) -> Tensor:
 
     Two small matrix products in place of `F.interpolate`, whose bicubic kernel leaves most of a GPU idle, whose gradient
     scatters sixteen taps a pixel, and whose area mode takes only divisible sizes on MPS. In float64, so that TF32, where
-    it is on, does not round them; MPS has neither. On a GPU, without gradients, Triton does it in one launch.
+    it is on, does not round them; MPS has neither.
     """
-    if _takes_triton(x_BZss):
-        from varcli.kernels.small_maps_triton import launch_resize
-
-        return launch_resize(x_BZss, weights_ts)
     dtype = float64_or_best(x_BZss.device)
     weights = weights_ts.to(dtype)
     return (weights @ x_BZss.to(dtype) @ weights.T).to(x_BZss.dtype)
-
-
-def _takes_triton(x: Tensor) -> bool:
-    """Whether a kernel of `varcli.kernels.small_maps_triton` computes what torch is told here, to float32's rounding."""
-    return is_launched(x) and x.dtype == torch.float32 and resolve_kernels("auto", x.device) == "triton"
 
 
 def nearest_rows(vectors_NZ: Tensor, table_VZ: Tensor, by_angle: bool) -> Tensor:
@@ -83,6 +74,7 @@ class MultiScaleQuantizer(nn.Module):
         self.vocab_size = config.vocab_size
         self.code_channels = config.code_channels
         self.phi_residual = abs(config.phi_residual)
+        self.kernels = "torch"  # or "triton", of varcli.kernels.KERNELS: how `advance` is computed without gradients
         self.cosine_codes = config.cosine_codes
         self.commitment_weight = config.commitment_weight
         self.codebook = nn.Embedding(config.vocab_size, config.code_channels)
@@ -116,34 +108,46 @@ class MultiScaleQuantizer(nn.Module):
         with torch.autocast(vectors_BlZ.device.type, enabled=False):
             return self.phi(self._enlarge(vectors_BlZ, scale).contiguous(), scale)
 
-    def _enlarge(self, vectors_BlZ: Tensor, scale: int) -> Tensor:
+    def _enlarge(self, vectors_BlZ: Tensor, scale: int, resize: Callable[[Tensor, Tensor], Tensor] = resize) -> Tensor:
         batch, _, channels = vectors_BlZ.shape
         side = self.scales.sides[scale]
         h = vectors_BlZ.float().transpose(1, 2).reshape(batch, channels, side, side)
         return h if scale == self.scales.num_scales - 1 else resize(h, self.get_buffer(f"_enlarge_{scale}"))
-
-    def _add(self, f_hat_BZhw: Tensor, vectors_BlZ: Tensor, scale: int) -> Tensor:
-        """Add one scale to f_hat."""
-        if not (self.phis and _takes_triton(f_hat_BZhw) and self.code_channels <= _BLENDED_AT_ONCE):
-            return f_hat_BZhw + self.contribution(vectors_BlZ, scale)
-        from varcli.kernels.small_maps_triton import launch_blend
-
-        convolution = self.phis[self.phi_of_scale[scale]]
-        h = self._enlarge(vectors_BlZ, scale)
-        return launch_blend(f_hat_BZhw, h, convolution.weight.float(), convolution.bias.float(), self.phi_residual)
 
     def advance(self, f_hat_BZhw: Tensor, vectors_BlZ: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
         """Add one scale to f_hat, and shrink the sum to what the transformer reads for the next scale.
 
         Returns (f_hat, features (B, l_next, Z)); the features are None after the last scale.
         """
-        f_hat_BZhw = self._add(f_hat_BZhw, vectors_BlZ, scale)
+        if (
+            self.kernels == "triton"
+            and is_launched(f_hat_BZhw)
+            and self.phis
+            and self.code_channels <= _BLENDED_AT_ONCE
+        ):
+            return self._advance_launched(f_hat_BZhw, vectors_BlZ, scale)
+        f_hat_BZhw = f_hat_BZhw + self.contribution(vectors_BlZ, scale)
+        return f_hat_BZhw, self._shrink_for_next(f_hat_BZhw, scale)
+
+    def _advance_launched(self, f_hat_BZhw: Tensor, vectors_BlZ: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
+        """Do as `advance` in three launches of Triton's, to float32's rounding."""
+        from varcli.kernels.small_maps_triton import launch_blend, launch_resize
+
+        phi = self.phis[self.phi_of_scale[scale]]
+        h = self._enlarge(vectors_BlZ, scale, launch_resize)
+        f_hat_BZhw = launch_blend(f_hat_BZhw, h, phi.weight.float(), phi.bias.float(), self.phi_residual)
+        return f_hat_BZhw, self._shrink_for_next(f_hat_BZhw, scale, launch_resize)
+
+    def _shrink_for_next(
+        self, f_hat_BZhw: Tensor, scale: int, resize: Callable[[Tensor, Tensor], Tensor] = resize
+    ) -> Tensor | None:
+        """Return f_hat at the size of the scale after this one, (B, l_next, Z), or None after the last."""
         if scale == self.scales.num_scales - 1:
-            return f_hat_BZhw, None
+            return None
         shrunk = f_hat_BZhw
         if scale + 1 != self.scales.num_scales - 1:
             shrunk = resize(f_hat_BZhw, self.get_buffer(f"_shrink_{scale + 1}"))
-        return f_hat_BZhw, shrunk.flatten(2).transpose(1, 2)
+        return shrunk.flatten(2).transpose(1, 2)
 
     def running_f_hat(self, codes_BL: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield, scale by scale, f_hat (B, Z, h, w) so far and the next scale's features (B, l_next, Z) or None."""

@@ -80,7 +80,7 @@ class VQVAE(nn.Module):
         modules = [self.post_conv, *self.decoder.modules()]
         left_out = [module.conv for module in modules if isinstance(module, Upsample)]
         for module in modules:
-            if isinstance(module, nn.Conv2d) and all(module is not other for other in left_out):
+            if isinstance(module, nn.Conv2d) and module not in left_out:
                 module.weight.data = module.weight.data.to(dtype)
 
     @torch.no_grad()

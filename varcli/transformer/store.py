@@ -69,11 +69,8 @@ def load_transformer(
     elif dtype != torch.float32:
         model.keep_products_in(dtype, torch.device(device))
     model = model.to(device).eval().requires_grad_(False)
-    # on the device: half a second for a gigabyte on a CPU
+    hint = "the training that made it diverged"
     if dtype == torch.float16:
-        require_finite(
-            model.state_dict(), f"`{folder}`", "or its numbers are beyond what fp16 holds: use --precision bf16"
-        )
-    else:
-        require_finite(model.state_dict(), f"`{folder}`")
+        hint += ", or its numbers are beyond what fp16 holds: use --precision bf16"
+    require_finite(model.state_dict(), f"`{folder}`", hint)  # on the device: half a second for a gigabyte on a CPU
     return model, manifest
