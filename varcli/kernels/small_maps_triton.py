@@ -11,56 +11,54 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PLACES = 256  # of a program that resizes
-_POSITIONS = 32  # of a program that blends
+_PLACES, _OUTPUTS = 32, 4  # of a program that blends
 _TOKENS, _COLUMNS = 16, 64  # of a program that embeds
 _STRIDES = ["sample_stride", "channel_stride", "place_stride"]
 
 
 @triton.jit(do_not_specialize=[*_STRIDES, "side", "target"])  # else each scale takes a second to compile
 def _varcli_resize(
-    x_ptr, weights_ptr, out_ptr, sample_stride, channel_stride, place_stride, side, target, PLACES: tl.constexpr
+    x_ptr, weights_ptr, out_ptr, sample_stride, channel_stride, place_stride, side, target, BLOCK: tl.constexpr
 ):
-    channel, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    places = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
-    inside = places < target * target
-    row, column = places // target, places % target
+    channel, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    places = tl.arange(0, BLOCK)
+    is_seen, is_wanted = places < side, places < target
+    at = places[:, None] * side + places[None, :]
     x_ptr += sample * sample_stride + channel * channel_stride
-    total = tl.zeros((PLACES,), tl.float64)
-    for y in range(side):
-        line = tl.zeros((PLACES,), tl.float64)
-        for x in range(side):
-            seen = tl.load(x_ptr + (y * side + x) * place_stride).to(tl.float64)
-            line += tl.load(weights_ptr + column * side + x, mask=inside, other=0).to(tl.float64) * seen
-        total += tl.load(weights_ptr + row * side + y, mask=inside, other=0).to(tl.float64) * line
-    out_ptr += (sample * tl.num_programs(1) + channel) * target * target
-    tl.store(out_ptr + places, total.to(tl.float32), mask=inside)
+    x = tl.load(x_ptr + at * place_stride, mask=is_seen[:, None] & is_seen[None, :], other=0).to(tl.float64)
+    weights = tl.load(weights_ptr + at, mask=is_wanted[:, None] & is_seen[None, :], other=0).to(tl.float64)
+    rows = tl.dot(weights, x, out_dtype=tl.float64)
+    values = tl.dot(rows, weights.T, out_dtype=tl.float64).to(tl.float32)
+    out_ptr += (sample * tl.num_programs(0) + channel) * target * target
+    at = places[:, None] * target + places[None, :]
+    tl.store(out_ptr + at, values, mask=is_wanted[:, None] & is_wanted[None, :])
 
 
 @triton.jit(do_not_specialize=_STRIDES)
 def _varcli_blend(
     f_hat_ptr, x_ptr, weight_ptr, bias_ptr, out_ptr, sample_stride, channel_stride, place_stride, share,
-    SIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, POSITIONS: tl.constexpr,
+    SIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(1).to(tl.int64)
-    places = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+    sample = tl.program_id(2).to(tl.int64)
+    outputs = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    places = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
     row, column = places // SIDE, places % SIDE
     channels = tl.arange(0, BLOCK)
-    is_channel = channels < CHANNELS
-    inside = (places < SIDE * SIDE)[:, None] & is_channel[None, :]
+    is_place, is_channel, is_output = places < SIDE * SIDE, channels < CHANNELS, outputs < CHANNELS
     x_ptr += sample * sample_stride
-    convolved = tl.zeros((POSITIONS, BLOCK), tl.float32)
+    terms = tl.zeros((OUTPUTS, BLOCK, PLACES), tl.float32)  # summed over input channels once, at the end
     for tap in tl.static_range(9):
         down, right = tap // 3 - 1, tap % 3 - 1
-        is_seen = (row + down >= 0) & (row + down < SIDE) & (column + right >= 0) & (column + right < SIDE)
-        at = (places + down * SIDE + right)[:, None] * place_stride + channels[None, :] * channel_stride
-        seen = tl.load(x_ptr + at, mask=inside & is_seen[:, None], other=0)
-        taps = weight_ptr + (channels[None, :] * CHANNELS + channels[:, None]) * 9 + tap  # (in, out)
-        weight = tl.load(taps, mask=is_channel[:, None] & is_channel[None, :], other=0)
-        convolved = tl.dot(seen, weight, convolved, input_precision="ieee")
-    convolved += tl.load(bias_ptr + channels, mask=is_channel, other=0)[None, :]
-    x = tl.load(x_ptr + places[:, None] * place_stride + channels[None, :] * channel_stride, mask=inside, other=0)
-    at = (sample * CHANNELS + channels[None, :]) * SIDE * SIDE + places[:, None]
+        is_seen = is_place & (row + down >= 0) & (row + down < SIDE) & (column + right >= 0) & (column + right < SIDE)
+        at = channels[:, None] * channel_stride + (places + down * SIDE + right)[None, :] * place_stride
+        seen = tl.load(x_ptr + at, mask=is_channel[:, None] & is_seen[None, :], other=0)
+        at = (outputs[:, None] * CHANNELS + channels[None, :]) * 9 + tap
+        weight = tl.load(weight_ptr + at, mask=is_output[:, None] & is_channel[None, :], other=0)
+        terms += weight[:, :, None] * seen[None, :, :]
+    convolved = tl.sum(terms, axis=1) + tl.load(bias_ptr + outputs, mask=is_output, other=0)[:, None]
+    inside = is_output[:, None] & is_place[None, :]
+    x = tl.load(x_ptr + outputs[:, None] * channel_stride + places[None, :] * place_stride, mask=inside, other=0)
+    at = (sample * CHANNELS + outputs[:, None]) * SIDE * SIDE + places[None, :]
     f_hat = tl.load(f_hat_ptr + at, mask=inside, other=0)
     tl.store(out_ptr + at, f_hat + (x * (1 - share) + convolved * share), mask=inside)
 
@@ -94,10 +92,11 @@ def launch_resize(x_BZss: Tensor, weights_ts: Tensor) -> Tensor:
     """Return float32 square maps (B, Z, t, t), summed in float64: `weights @ x @ weights^T`. x: float32, of any strides."""
     batch, channels, side, _ = x_BZss.shape
     x, target = _with_places(x_BZss), weights_ts.shape[0]
+    block = max(16, triton.next_power_of_2(max(side, target)))
     out = torch.empty(batch, channels, target, target, device=x.device)
     with torch.cuda.device_of(out):
-        _varcli_resize[(triton.cdiv(target * target, _PLACES), channels, batch)](
-            x, weights_ts.contiguous(), out, *_strides(x), side, target, PLACES=_PLACES
+        _varcli_resize[(channels, batch)](
+            x, weights_ts.contiguous(), out, *_strides(x), side, target, BLOCK=block, num_warps=1 if block == 16 else 4
         )
     return out
 
@@ -108,7 +107,7 @@ def launch_blend(f_hat_BZss: Tensor, x_BZss: Tensor, weight_ZZ33: Tensor, bias_Z
     x, f_hat = _with_places(x_BZss), f_hat_BZss.contiguous()
     out = torch.empty_like(f_hat)
     with torch.cuda.device_of(out):
-        _varcli_blend[(triton.cdiv(side * side, _POSITIONS), batch)](
+        _varcli_blend[(triton.cdiv(side * side, _PLACES), triton.cdiv(channels, _OUTPUTS), batch)](
             f_hat,
             x,
             weight_ZZ33.contiguous(),
@@ -118,8 +117,9 @@ def launch_blend(f_hat_BZss: Tensor, x_BZss: Tensor, weight_ZZ33: Tensor, bias_Z
             share,
             SIDE=side,
             CHANNELS=channels,
-            BLOCK=max(16, triton.next_power_of_2(channels)),
-            POSITIONS=_POSITIONS,
+            BLOCK=triton.next_power_of_2(channels),
+            PLACES=_PLACES,
+            OUTPUTS=_OUTPUTS,
         )
     return out
 

@@ -21,6 +21,7 @@ from varcli.shapes import check_shape
 from varcli.tokenizer.base import TokenizerConfig
 
 _BLENDED_AT_ONCE = 64  # channels that a program of the kernel holds; twice as many take minutes to compile
+_RESIZED_AT_ONCE = 32  # positions along a side, in float64
 
 
 def assign_phis(num_scales: int, num_phis: int) -> list[int]:
@@ -124,6 +125,7 @@ class MultiScaleQuantizer(nn.Module):
             and is_launched(f_hat_BZhw)
             and self.phis
             and self.code_channels <= _BLENDED_AT_ONCE
+            and self.scales.grid_side <= _RESIZED_AT_ONCE
         ):
             return self._advance_launched(f_hat_BZhw, vectors_BlZ, scale)
         f_hat_BZhw = f_hat_BZhw + self.contribution(vectors_BlZ, scale)
