@@ -181,9 +181,12 @@ def measure_attention(
         found, biases, scales = attention_backward_triton.launch_backward(*given)
     pairs = {"seen": (seen[0], expected), "qkv": (found, wide[0].grad), "log_scale": (scales, wide[3].grad.flatten())}
     pairs |= {"q_bias": (biases[0], wide[1].grad), "v_bias": (biases[1], wide[2].grad)}
-    for before, length in ((0, 1), (5, 40), (70, 7)):
+    for before, length in ((0, 1), (5, 40), (70, 7), (3, 131)):
+        if length > qkv.shape[1]:
+            continue
         given = qkv[:, :length].contiguous(), q_bias, v_bias, log_scale, CAP
         room = torch.randn(2, batch, heads, before + length + 3, width)[:, :, :, : before + length]
+        room[0] = torch.nn.functional.normalize(room[0], dim=-1)
         wanted = room.double()
         rows = (part if isinstance(part, float) else part.double() for part in given)
         seen_by_step = attention.attend_step(*rows, *wanted, 0.7)
@@ -249,6 +252,8 @@ def measure_small_maps(batch: int, channels: int, side: int, target: int) -> dic
     embedded = tokens.double() @ linear.T.double() + linear_bias + places
     resized = small_maps_triton.launch_resize(by_token, enlarge)
     embed = small_maps_triton.launch_embed(tokens, linear, linear_bias, places, 2, torch.float32)
+    with patch.object(small_maps_triton, "_FEW_TOKENS", 0):
+        embed_many = small_maps_triton.launch_embed(tokens, linear, linear_bias, places, 2, torch.float32)
     strided = resized.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).view(f_hat.shape)
     assert strided.stride(1) == 1
     return {
@@ -260,6 +265,7 @@ def measure_small_maps(batch: int, channels: int, side: int, target: int) -> dic
             small_maps_triton.launch_blend(f_hat, strided, weight, bias, 0.3), f_hat + 0.7 * large + 0.3 * convolved
         ),
         "embedded": distance(embed, torch.cat((embedded, embedded))),
+        "embedded, as many tokens are": distance(embed_many, torch.cat((embedded, embedded))),
     }
 
 

@@ -98,7 +98,7 @@ def test_a_program_fits_the_shared_memory_of_consumer_gpus(kernel):
     }[kernel]
     constants = attention_triton.sizes_of((1, 4, 64), 1.0, 4, 64)
     constants |= {"FIRSTS": attention_triton.cut_tiles((1, 4, 64), tiling.tile)}
-    constants |= {"QUERIES": tiling.tile, "KEYS": tiling.piece}
+    constants |= {"QUERIES": tiling.tile, "KEYS": tiling.piece, "KEEPS": True}
     if kernel == "keys":
         constants |= {"QUERIES": tiling.piece, "KEYS": tiling.tile}
     names = function.arg_names
@@ -178,7 +178,9 @@ def test_a_gpu_takes_a_step_over_a_cache_as_the_formulas_do(shape):
     batch, length, heads, before, width = shape
     qkv = torch.randn(batch, length, 3 * heads * width, dtype=torch.bfloat16)
     biases, log_scale = torch.randn(2, heads * width), torch.linspace(4.7, 1, heads).view(1, heads, 1, 1)
-    cache = torch.randn(2, batch, heads, before + length + 9, width, dtype=torch.bfloat16)
+    cache = torch.randn(2, batch, heads, before + length + 9, width)
+    cache[0] = F.normalize(cache[0], dim=-1)
+    cache = cache.bfloat16()
     found = []
     for device in ("cpu", "cuda"):
         room = cache.to(device, copy=True)

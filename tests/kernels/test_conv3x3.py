@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import varcli
-from varcli.kernels.conv3x3 import conv3x3, introduce, is_gain
+from varcli.kernels.conv3x3 import by_tap, conv3x3, introduce, is_gain
 from varcli.kernels.group_norm import channel_moments
 
 
@@ -40,6 +40,17 @@ def test_a_convolution_with_bias_and_skip_path_is_rounded_once_and_its_moments_a
         limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
         torch.testing.assert_close(out.double(), exact, rtol=limit, atol=limit)
         torch.testing.assert_close(moments_2BC, channel_moments(out), rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_laid_out_by_tap_is_equal_and_read_where_it_lies():
+    x, weight, bias, skip = given(torch.bfloat16)
+    laid_out = by_tap(weight)
+    assert (
+        torch.equal(laid_out, weight) and laid_out.permute(2, 3, 1, 0).flatten(0, 2).data_ptr() == laid_out.data_ptr()
+    )
+    assert laid_out.permute(2, 3, 1, 0).flatten(0, 2).is_contiguous()
+    for found, expected in zip(conv3x3(x, laid_out, bias, skip), conv3x3(x, weight, bias, skip), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_sizes_and_devices_that_are_no_gain_are_left_to_libraries(monkeypatch):

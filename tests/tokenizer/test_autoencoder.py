@@ -93,6 +93,23 @@ def test_the_fused_encoder_and_decoder_are_the_same_functions(tiny_tokenizer):
         torch.testing.assert_close(fused, decoder(features), rtol=1e-4, atol=1e-4)
 
 
+def test_a_laid_out_decoder_is_the_same_function_with_equal_weights(tiny_tokenizer):
+    torch.manual_seed(0)
+    decoder = randomized(tiny_tokenizer.decoder).eval()
+    level, width = decoder.levels[0], decoder.conv_out.in_channels
+    widths = (level.blocks[0].norm1.num_channels, 160, width)  # with convolutions by an operator of our own
+    for index, (before, after) in enumerate(zip(widths, widths[1:])):
+        level.blocks[index] = randomized(ResBlock(before, after, tiny_tokenizer.config)).eval()
+    weights = {name: value.clone() for name, value in decoder.state_dict().items()}
+    side = tiny_tokenizer.config.patch_nums[-1]
+    features = torch.randn(2, tiny_tokenizer.config.code_channels, side, side)
+    with torch.no_grad():
+        expected = decoder.fused_blocks(features)
+        decoder.lay_out(torch.float32)
+        torch.testing.assert_close(decoder.fused_blocks(features), expected, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(value, weights.pop(name)) for name, value in decoder.state_dict().items()) and not weights
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_compiled_fused_decoder_is_the_same_function_for_one_image_too(tiny_tokenizer, batch):
     """Whether the channels of one image are last can be read from its strides in two ways, of which both must take one."""

@@ -56,7 +56,8 @@ def attend_step(
 ) -> Tensor:
     """Return what the l tokens of a step see of all L so far, (B, l, C); no gradients. Else as `attend`.
 
-    k_BnLd, v_BnLd: a cache, (B, n, L, d) each of equal strides, in whose last l places the step's keys and values are written.
+    k_BnLd, v_BnLd: a cache, (B, n, L, d) each of equal strides, in whose last l places the step's keys and values are written;
+    the earlier keys are 1 long.
     """
     if qkv_BlC.is_cuda:
         from varcli.kernels.attention_step_triton import launch_step

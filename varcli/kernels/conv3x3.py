@@ -64,12 +64,17 @@ def introduce() -> None:
         torch.compile(each, dynamic=False)(maps, weight, bias, phase_bias)
 
 
+def by_tap(weight_OC33: Tensor) -> Tensor:
+    """Return an equal weight that lies in memory as the kernel reads it: taps, input channels, output channels."""
+    return weight_OC33.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+
+
 def conv3x3(
     maps_BChw: Tensor, weight_OC33: Tensor, bias_O: Tensor | None = None, skip_BOhw: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return conv(maps) + bias + skip, (B, O, h, w) in the dtype of `maps`, and the moments of that.
 
-    For the sizes of which `is_gain` says so. weight_OC33: rounded to the maps' dtype.
+    For the sizes of which `is_gain` says so. weight_OC33: rounded to the maps' dtype, and copied if it is not as `by_tap` says.
     """
     weight_KO = weight_OC33.to(maps_BChw.dtype).permute(2, 3, 1, 0).flatten(0, 2)
     skip = None if skip_BOhw is None else tokens_of(skip_BOhw)

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PLACES, _OUTPUTS = 32, 4  # of a program that blends
-_TOKENS, _COLUMNS = 16, 64  # of a program that embeds
+_PLACES, _OUTPUTS = 16, 4  # of a program that blends
+_FEW_TOKENS = 4096  # of all samples: fewer are spread over the device, in smaller programs
 _STRIDES = ["sample_stride", "channel_stride", "place_stride"]
 
 
@@ -34,9 +34,9 @@ def _varcli_resize(
     tl.store(out_ptr + at, values, mask=is_wanted[:, None] & is_wanted[None, :])
 
 
-@triton.jit(do_not_specialize=_STRIDES)
+@triton.jit
 def _varcli_blend(
-    f_hat_ptr, x_ptr, weight_ptr, bias_ptr, out_ptr, sample_stride, channel_stride, place_stride, share,
+    f_hat_ptr, x_ptr, weight_ptr, bias_ptr, out_ptr, share,
     SIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(2).to(tl.int64)
@@ -45,20 +45,21 @@ def _varcli_blend(
     row, column = places // SIDE, places % SIDE
     channels = tl.arange(0, BLOCK)
     is_place, is_channel, is_output = places < SIDE * SIDE, channels < CHANNELS, outputs < CHANNELS
-    x_ptr += sample * sample_stride
+    x_ptr += sample * CHANNELS * SIDE * SIDE
     terms = tl.zeros((OUTPUTS, BLOCK, PLACES), tl.float32)  # summed over input channels once, at the end
     for tap in tl.static_range(9):
         down, right = tap // 3 - 1, tap % 3 - 1
         is_seen = is_place & (row + down >= 0) & (row + down < SIDE) & (column + right >= 0) & (column + right < SIDE)
-        at = channels[:, None] * channel_stride + (places + down * SIDE + right)[None, :] * place_stride
+        at = channels[:, None] * SIDE * SIDE + (places + down * SIDE + right)[None, :]
         seen = tl.load(x_ptr + at, mask=is_channel[:, None] & is_seen[None, :], other=0)
         at = (outputs[:, None] * CHANNELS + channels[None, :]) * 9 + tap
         weight = tl.load(weight_ptr + at, mask=is_output[:, None] & is_channel[None, :], other=0)
         terms += weight[:, :, None] * seen[None, :, :]
     convolved = tl.sum(terms, axis=1) + tl.load(bias_ptr + outputs, mask=is_output, other=0)[:, None]
     inside = is_output[:, None] & is_place[None, :]
-    x = tl.load(x_ptr + outputs[:, None] * channel_stride + places[None, :] * place_stride, mask=inside, other=0)
-    at = (sample * CHANNELS + outputs[:, None]) * SIDE * SIDE + places[None, :]
+    at = outputs[:, None] * SIDE * SIDE + places[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0)
+    at += sample * CHANNELS * SIDE * SIDE
     f_hat = tl.load(f_hat_ptr + at, mask=inside, other=0)
     tl.store(out_ptr + at, f_hat + (x * (1 - share) + convolved * share), mask=inside)
 
@@ -91,29 +92,37 @@ def _varcli_embed(
 def launch_resize(x_BZss: Tensor, weights_ts: Tensor) -> Tensor:
     """Return float32 square maps (B, Z, t, t), summed in float64: `weights @ x @ weights^T`. x: float32, of any strides."""
     batch, channels, side, _ = x_BZss.shape
-    x, target = _with_places(x_BZss), weights_ts.shape[0]
+    if x_BZss.stride(2) != side * x_BZss.stride(3):  # one stride leads from place to place, row after row
+        x_BZss = x_BZss.contiguous()
+    target = weights_ts.shape[0]
     block = max(16, triton.next_power_of_2(max(side, target)))
-    out = torch.empty(batch, channels, target, target, device=x.device)
+    out = torch.empty(batch, channels, target, target, device=x_BZss.device)
     with torch.cuda.device_of(out):
         _varcli_resize[(channels, batch)](
-            x, weights_ts.contiguous(), out, *_strides(x), side, target, BLOCK=block, num_warps=1 if block == 16 else 4
+            x_BZss,
+            weights_ts.contiguous(),
+            out,
+            *(x_BZss.stride(axis) for axis in (0, 1, 3)),
+            side,
+            target,
+            BLOCK=block,
+            num_warps=1 if block == 16 else 4,
         )
     return out
 
 
 def launch_blend(f_hat_BZss: Tensor, x_BZss: Tensor, weight_ZZ33: Tensor, bias_Z: Tensor, share: float) -> Tensor:
-    """Return f_hat + (1 - share) x + share (conv(x) + bias), (B, Z, s, s), all float32; x may have any strides."""
+    """Return f_hat + (1 - share) x + share (conv(x) + bias), (B, Z, s, s), all float32."""
     batch, channels, side, _ = f_hat_BZss.shape
-    x, f_hat = _with_places(x_BZss), f_hat_BZss.contiguous()
-    out = torch.empty_like(f_hat)
+    f_hat_BZss = f_hat_BZss.contiguous()
+    out = torch.empty_like(f_hat_BZss)
     with torch.cuda.device_of(out):
         _varcli_blend[(triton.cdiv(side * side, _PLACES), triton.cdiv(channels, _OUTPUTS), batch)](
-            f_hat,
-            x,
+            f_hat_BZss,
+            x_BZss.contiguous(),
             weight_ZZ33.contiguous(),
             bias_Z,
             out,
-            *_strides(x),
             share,
             SIDE=side,
             CHANNELS=channels,
@@ -132,9 +141,10 @@ def launch_embed(
     All is float32 until it is rounded; x may have any strides.
     """
     (batch, length, channels), width = x_BlZ.shape, len(weight_CZ)
+    tokens, columns = (16, 64) if batch * length < _FEW_TOKENS else (64, 128)  # of a program
     out = torch.empty(copies * batch, length, width, dtype=dtype, device=x_BlZ.device)
     with torch.cuda.device_of(out):
-        _varcli_embed[(triton.cdiv(length, _TOKENS), triton.cdiv(width, _COLUMNS), batch)](
+        _varcli_embed[(triton.cdiv(length, tokens), triton.cdiv(width, columns), batch)](
             x_BlZ,
             weight_CZ.contiguous(),
             bias_C,
@@ -146,17 +156,7 @@ def launch_embed(
             CHANNELS=channels,
             BLOCK=max(16, triton.next_power_of_2(channels)),
             WIDTH=width,
-            TOKENS=_TOKENS,
-            COLUMNS=_COLUMNS,
+            TOKENS=tokens,
+            COLUMNS=columns,
         )
     return out
-
-
-def _with_places(x_BZss: Tensor) -> Tensor:
-    """The maps themselves if one stride leads from place to place, row after row, else a copy of which that is true."""
-    return x_BZss if x_BZss.stride(2) == x_BZss.shape[3] * x_BZss.stride(3) else x_BZss.contiguous()
-
-
-def _strides(x_BZss: Tensor) -> tuple[int, int, int]:
-    """From sample to sample, channel to channel, place to place."""
-    return x_BZss.stride(0), x_BZss.stride(1), x_BZss.stride(3)

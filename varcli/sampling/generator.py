@@ -32,7 +32,6 @@ from varcli.sampling.settings import SampleConfig
 from varcli.sampling.transfer import Transfer
 from varcli.sampling.walk import walk_steps
 from varcli.tokenizer import VQVAE
-from varcli.tokenizer.convolutions import Upsample
 from varcli.tokenizer.store import load_tokenizer
 from varcli.transformer import Transformer
 from varcli.transformer.store import load_transformer
@@ -231,11 +230,11 @@ class Generator:
         if self.device.type == "cuda":
             introduce()
             dtype = self.transformer.output_projection.weight.dtype
-            for part in self.tokenizer.decoder.modules():
-                if isinstance(part, Upsample) and dtype != torch.float32:
-                    part.keep_phases_in(dtype)
-            for part in (self.tokenizer.post_conv, self.tokenizer.decoder):
-                part.to(memory_format=torch.channels_last)  # slower than before unless it is compiled
+            self.tokenizer.post_conv.to(memory_format=torch.channels_last)  # slower than before unless it is compiled
+            if dtype == torch.float32:
+                self.tokenizer.decoder.to(memory_format=torch.channels_last)
+            else:
+                self.tokenizer.decoder.lay_out(dtype)
         self._to_pixels = torch.compile(to_pixels, backend=backend, dynamic=False)
 
     def stream(

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from varcli.kernels.conv3x3 import POSITIONS, by_tap, is_gain
 from varcli.kernels.conv3x3 import conv3x3 as fused_conv3x3
-from varcli.kernels.conv3x3 import is_gain
 from varcli.kernels.group_norm import add_residual, add_residual_with_margin, channel_moments, scale_and_shift
 from varcli.tokenizer.base import TokenizerConfig
 from varcli.tokenizer.convolutions import Downsample, ImageConv2d, Upsample, conv3x3, is_half
@@ -107,6 +107,13 @@ class ResBlock(nn.Module):
             return add_residual_with_margin(skip, fused_conv3x3(y, self.conv2.weight)[0], bias_C)
         return add_residual_with_margin(skip, _without_bias(self.conv2, y), bias_C)
 
+    def lay_out(self) -> None:
+        """Store the weights that `fused_conv3x3` takes so that it need not copy them."""
+        for convolution in (self.conv1, self.conv2):
+            weight = convolution.weight
+            if is_gain(convolution.in_channels, convolution.out_channels, POSITIONS, weight.device):
+                weight.data = by_tap(weight.data)
+
     def _before_last(self, x: Tensor, moments_2BC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the skip path, what the second convolution reads, and the bias (C,) of both together."""
         y = self.norm1.fused_forward(x, moments_2BC)
@@ -135,14 +142,18 @@ class AttentionBlock(nn.Module):
 
     def fused_forward(self, x: Tensor, moments_2BC: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the block to maps with these moments; return the result and its moments."""
-        y = self._attend(self.norm.fused_forward(x, moments_2BC, is_activated=False))
+        y = self._attend(self.norm.fused_forward(x, moments_2BC, is_activated=False), by_products=True)
         return add_residual(x, _without_bias(self.proj_out, y), self.proj_out.bias)
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, by_products: bool = False) -> Tensor:
         qkv = self.qkv(x).flatten(2).transpose(1, 2)  # (B, hw, 3C), channel order q | k | v
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
-        y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        return y.transpose(1, 2).reshape(x.shape)
+        if by_products:  # which with hundreds of channels a head are faster than one kernel
+            weights = torch.softmax((q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5, dim=-1).to(v.dtype)
+            y = weights @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v)
+        return y.squeeze(1).transpose(1, 2).reshape(x.shape)
 
 
 class Level(nn.Module):
@@ -272,6 +283,15 @@ class Decoder(nn.Module):
         for level in reversed(self.levels):
             x = _run_level(level, x, self.checkpointing)
         return self.conv_out(F.silu(self.norm_out(x)))
+
+    def lay_out(self, dtype: torch.dtype) -> None:
+        """Store weights, which do not change any more, as the fused way in `dtype` reads them."""
+        self.to(memory_format=torch.channels_last)
+        for part in self.modules():
+            if isinstance(part, ResBlock):
+                part.lay_out()
+            if isinstance(part, Upsample):
+                part.keep_phases_in(dtype)
 
     def fused_blocks(self, f_BZhw: Tensor) -> Tensor:
         """All but the last convolution, in the fused way."""
