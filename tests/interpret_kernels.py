@@ -26,6 +26,7 @@ from varcli.kernels import (
     attention_step_triton,
     attention_triton,
     conv3x3_triton,
+    few_rows_triton,
     fp8_triton,
     gelu_triton,
     group_norm_triton,
@@ -269,6 +270,17 @@ def measure_small_maps(batch: int, channels: int, side: int, target: int) -> dic
     }
 
 
+def measure_few_rows(rows: int, depth: int, width: int) -> dict[str, float]:
+    """A product of few rows, and its GELU with a bias."""
+    x, weight, bias = torch.randn(rows, depth), torch.randn(width, depth), torch.randn(width)
+    product = x.double() @ weight.double().T
+    gelu = torch.nn.functional.gelu(product + bias, approximate="tanh")
+    return {
+        "product": distance(few_rows_triton.launch_product(x, weight), product),
+        "gelu": distance(few_rows_triton.launch_product(x, weight, bias), gelu),
+    }
+
+
 def main() -> None:
     """Measure all shapes: odd lengths, several chunks of rows, widths that are no power of two."""
     torch.manual_seed(0)
@@ -292,6 +304,8 @@ def main() -> None:
     results[f"{torch.float32} conv3x3"] = measure_conv3x3(2, 32, 160, torch.float32)
     for shape in ((2, 8, 5, 6), (1, 40, 3, 17), (2, 6, 6, 5)):
         results[f"{torch.float32} small maps {shape}"] = measure_small_maps(*shape)
+    for shape in ((3, 40, 24), (16, 1100, 48)):
+        results[f"{torch.float32} few rows {shape}"] = measure_few_rows(*shape)
     print(json.dumps(results))
 
 

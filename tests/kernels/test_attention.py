@@ -98,7 +98,7 @@ def test_a_program_fits_the_shared_memory_of_consumer_gpus(kernel):
     }[kernel]
     constants = attention_triton.sizes_of((1, 4, 64), 1.0, 4, 64)
     constants |= {"FIRSTS": attention_triton.cut_tiles((1, 4, 64), tiling.tile)}
-    constants |= {"QUERIES": tiling.tile, "KEYS": tiling.piece, "KEEPS": True}
+    constants |= {"QUERIES": tiling.tile, "KEYS": tiling.piece, "KEEPS": True, "IS_EARLY": False}
     if kernel == "keys":
         constants |= {"QUERIES": tiling.piece, "KEYS": tiling.tile}
     names = function.arg_names

@@ -33,6 +33,7 @@ HAS_TRITON = is_triton_there()
 """What `is_triton_there` says of this process."""
 
 _OLDEST_GPU = (8, 0)  # compute capability, of Triton's
+_EARLY_LAUNCH = (9, 0)  # of programmatic dependent launch
 
 
 def resolve_kernels(name: str, device: torch.device) -> str:
@@ -65,3 +66,9 @@ def is_launched(x: Tensor) -> bool:
     Else it must be an operator of torch's, whose first call imports torch's compiler, which takes more than a second.
     """
     return x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel on this GPU can begin before the one it follows has ended: see `varcli.kernels.few_rows_triton`."""
+    is_nvidia = device.type == "cuda" and not torch.version.hip
+    return is_nvidia and torch.cuda.get_device_capability(device) >= _EARLY_LAUNCH

@@ -53,16 +53,17 @@ def attend_step(
     k_BnLd: Tensor,
     v_BnLd: Tensor,
     scale: float,
+    is_early: bool = False,
 ) -> Tensor:
     """Return what the l tokens of a step see of all L so far, (B, l, C); no gradients. Else as `attend`.
 
     k_BnLd, v_BnLd: a cache, (B, n, L, d) each of equal strides, in whose last l places the step's keys and values are written;
-    the earlier keys are 1 long.
+    the earlier keys are 1 long. is_early: as in `varcli.kernels.few_rows_triton`; a CPU does not ask.
     """
     if qkv_BlC.is_cuda:
         from varcli.kernels.attention_step_triton import launch_step
 
-        return launch_step(qkv_BlC, q_bias_C, v_bias_C, log_scale, cap, k_BnLd, v_BnLd, scale).flatten(2)
+        return launch_step(qkv_BlC, q_bias_C, v_bias_C, log_scale, cap, k_BnLd, v_BnLd, scale, is_early).flatten(2)
     places = (cache[:, :, cache.shape[2] - qkv_BlC.shape[1] :] for cache in (k_BnLd, v_BnLd))
     q_Bnld = qk.normalize_into(qkv_BlC, q_bias_C, v_bias_C, log_scale, cap, *places)
     return F.scaled_dot_product_attention(q_Bnld, k_BnLd, v_BnLd, scale=scale).transpose(1, 2).flatten(2)

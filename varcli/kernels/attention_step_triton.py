@@ -15,8 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from varcli.kernels.attention_triton import LOG2_E
+from varcli.kernels.few_rows_triton import early_launch
 from varcli.kernels.qk_triton import SHORTEST
 
 _TOKENS = 32  # of a program that fills the cache
@@ -92,9 +94,12 @@ def _see_kept(
 def _varcli_attend_step(
     qkv_ptr, q_bias_ptr, v_bias_ptr, log_scale_ptr, k_ptr, v_ptr, out_ptr,
     sample_stride, head_stride, token_stride, length, before, cap,
-    KEEPS: tl.constexpr, SCALE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    KEEPS: tl.constexpr, IS_EARLY: tl.constexpr, SCALE: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
+    if IS_EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     tokens = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
@@ -141,10 +146,11 @@ def launch_step(
     k_BnLd: Tensor,
     v_BnLd: Tensor,
     scale: float,
+    is_early: bool = False,
 ) -> Tensor:
     """Return what the queries of a step see, (B, l, n, d), and write its keys and values to the last l places of the cache.
 
-    Keys and values: of equal strides, channels dense.
+    Keys and values: of equal strides, channels dense. is_early: as in `few_rows_triton`.
     """
     assert k_BnLd.stride() == v_BnLd.stride() and k_BnLd.stride(3) == 1, (k_BnLd.stride(), v_BnLd.stride())
     assert qkv_BlC.dtype == k_BnLd.dtype == v_BnLd.dtype, (qkv_BlC.dtype, k_BnLd.dtype, v_BnLd.dtype)
@@ -182,11 +188,13 @@ def launch_step(
             before,
             cap,
             KEEPS=is_one_program,
+            IS_EARLY=is_early,
             SCALE=scale,
             QUERIES=queries,
             KEYS=_KEYS,
             num_warps=4,
             num_stages=3,
+            **early_launch(is_early),
             **sizes,
         )
     return out

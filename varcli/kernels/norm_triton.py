@@ -10,7 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from varcli.kernels.few_rows_triton import early_launch
 from varcli.kernels.fp8_triton import row_scale, row_warps
 
 _FORWARD_ROWS = 8  # a program: few, as nothing but the three vectors is shared by them
@@ -23,9 +25,12 @@ def _varcli_norm_forward(
     stream_ptr, branch_ptr, bias_ptr, gate_ptr, scale_ptr, shift_ptr,
     out_ptr, normed_ptr, mean_ptr, inverse_ptr, rounded_ptr, row_scale_ptr,
     gate_stride, scale_stride, shift_stride, length, eps,
-    HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, KEEPS: tl.constexpr, ROUNDS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, KEEPS: tl.constexpr, ROUNDS: tl.constexpr, IS_EARLY: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    if IS_EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     sample = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * ROWS
     columns = tl.arange(0, BLOCK)
@@ -131,11 +136,13 @@ def launch_forward(
     rounded_NC: Tensor | None = None,
     row_scales_N1: Tensor | None = None,
     keeps: bool = True,
+    is_early: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return the stream with the gated branch added, its modulated norm, and mean and inverse deviation (B, L), float32.
 
     Without a branch the first is the stream itself. bias_C: of the branch, where it is not in it yet. rounded_NC,
     row_scales_N1: where the norm's rows are to be written in FP8, and their scales; without `keeps` nothing else is of it.
+    is_early: as in `few_rows_triton`.
     """
     stream_BLC = stream_BLC.contiguous()
     batch, length, width = stream_BLC.shape
@@ -171,10 +178,12 @@ def launch_forward(
             HAS_BIAS=bias_C is not None,
             KEEPS=keeps,
             ROUNDS=rounded_NC is not None,
+            IS_EARLY=is_early,
             WIDTH=width,
             BLOCK=block,
             ROWS=rows,
             num_warps=row_warps(block),
+            **early_launch(is_early),
         )
     return out, normed, mean, inverse
 

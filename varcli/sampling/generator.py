@@ -227,6 +227,7 @@ class Generator:
         self._engine, self._engine_key = None, None
         if self.transformer.kernels == "torch":
             self.transformer.compile_steps(backend)
+        self.transformer.prefetch_weights()
         if self.device.type == "cuda":
             introduce()
             dtype = self.transformer.output_projection.weight.dtype

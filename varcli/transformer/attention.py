@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varcli.kernels import is_launched
 from varcli.kernels.attention import attend, attend_step, is_served
 from varcli.kernels.fp8 import Rounded, fp8_product, round_rows
 from varcli.kernels.fp8_rows import Rows, plain_rows, rows_product, to_rows
@@ -44,9 +45,13 @@ def keep_in_cache(
 
 
 class BlockLinear(nn.Linear):
-    """One of the four large linear layers of a block; with `fp8` its products are taken in FP8 while it trains."""
+    """One of the four large linear layers of a block.
+
+    With `fp8` its products are taken in FP8 while it trains, with `prefetches` those of few rows by `few_rows_triton`.
+    """
 
     fp8 = False
+    prefetches = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
@@ -86,7 +91,17 @@ def product(layer: nn.Linear, x: Tensor | Rounded | Rows) -> Tensor:
         return rows_product(x if isinstance(x, Rows) else to_rows(x), layer.weight, layer.scales_N1)
     if is_in_fp8(layer):
         return fp8_product(x, layer.weight)
+    if is_prefetched(layer, x):
+        return few_rows_product(x, layer.weight)
     return F.linear(_like_weight(x, layer), layer.weight)
+
+
+def few_rows_product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """Return x W^T, or with a bias the GELU of its sum with that, where `is_prefetched` is true."""
+    from varcli.kernels.few_rows_triton import launch_product
+
+    y_MN = launch_product(x.flatten(0, -2).to(weight_NK.dtype), weight_NK, bias_N, is_early=True)
+    return y_MN.unflatten(0, x.shape[:-1])
 
 
 def _like_weight(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -97,6 +112,15 @@ def _like_weight(x: Tensor, layer: nn.Linear) -> Tensor:
 def is_in_fp8(layer: nn.Linear) -> bool:
     """Whether a layer that trains has its products taken in FP8 now."""
     return isinstance(layer, BlockLinear) and layer.fp8 and layer.training
+
+
+def is_prefetched(layer: nn.Linear, x: Tensor | Rows) -> bool:
+    """Whether a layer's product of `x` is one of few rows, whose weights are under way before `x` is there."""
+    if not (isinstance(layer, BlockLinear) and layer.prefetches and is_launched(x)):
+        return False
+    from varcli.kernels.few_rows_triton import MOST_ROWS
+
+    return x.shape[:-1].numel() <= MOST_ROWS
 
 
 def is_kept_in_fp8(layer: nn.Linear) -> bool:
@@ -183,7 +207,8 @@ class SelfAttention(nn.Module):
             qkv, learned = product(self.qkv, x_BlC), (self.q_bias, self.v_bias, self.log_scale)
             length = qkv.shape[1]
             if self._is_served(qkv):
-                return attend_step(qkv, *learned, _MAX_LOG_SCALE, *cache.until(start + length), self.softmax_scale)
+                scales = _MAX_LOG_SCALE, *cache.until(start + length), self.softmax_scale
+                return attend_step(qkv, *learned, *scales, is_early=is_prefetched(self.qkv, x_BlC))
             q = normalize_into(qkv, *learned, _MAX_LOG_SCALE, *cache.place(start, length))
         return attend_by_step(q, *cache.until(start + length), (length,), self.softmax_scale)
 

@@ -21,8 +21,10 @@ from varcli.transformer.attention import (
     LayerCache,
     SelfAttention,
     attend_by_step,
+    few_rows_product,
     is_in_fp8,
     is_kept_in_fp8,
+    is_prefetched,
     keep_in_cache,
     linear,
     product,
@@ -61,6 +63,10 @@ class Stream(NamedTuple):
         """
         if reader is not None and is_kept_in_fp8(reader):
             return norm_to_rows(*self, scale_B1C, shift_B1C, eps)
+        if reader is not None and is_prefetched(reader, self.x_BLC):
+            from varcli.kernels.norm_triton import launch_forward
+
+            return launch_forward(*self, scale_B1C, shift_B1C, eps, is_early=True)[:2]
         if self.branch_BLC is None:
             return self.x_BLC, norm(self.x_BLC, scale_B1C, shift_B1C, eps)
         if reader is not None and is_in_fp8(reader) and self.x_BLC.dtype == torch.bfloat16:
@@ -182,6 +188,8 @@ class Block(nn.Module):
             y_BlC = fp8_feed_forward(normed_BlC, *inner, layers.fc2.weight)
         elif is_kept_in_fp8(layers.fc1):
             y_BlC = product(layers.fc2, gelu_to_rows(product(layers.fc1, normed_BlC), layers.fc1.bias))
+        elif is_prefetched(layers.fc1, normed_BlC):
+            y_BlC = product(layers.fc2, few_rows_product(normed_BlC, layers.fc1.weight, layers.fc1.bias))
         else:
             y_BlC = product(layers.fc2, linear_gelu(normed_BlC, layers.fc1.weight, layers.fc1.bias))
         return Stream(x_BlC, *_drop_out(layers.dropout, y_BlC, layers.fc2.bias), gamma2)

@@ -1,0 +1,58 @@
+"""Products of few rows whose weights are under way early: what comes out, and that nothing is read before it is there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from varcli.transformer import Transformer, TransformerConfig
+from varcli.transformer.attention import BlockLinear
+
+CONFIG = TransformerConfig(
+    depth=6, width=256, num_heads=4, num_classes=10, vocab_size=64, code_channels=8, step_lengths=(1, 4, 9)
+)
+
+
+def prefetching(model: Transformer) -> set[bool]:
+    return {layer.prefetches for layer in model.modules() if isinstance(layer, BlockLinear)}
+
+
+def test_a_cpu_and_float32_weights_are_left_alone():
+    model = Transformer(CONFIG)
+    model.prefetch_weights()
+    assert prefetching(model) == {False}
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_steps_are_those_of_libraries_and_a_graph_of_them_gives_the_same_bytes_each_time():
+    torch.manual_seed(0)
+    model = Transformer(CONFIG).cuda()
+    for parameter in model.parameters():  # gates begin at nothing
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    model.kernels = "triton"
+    model.prefetch_weights()
+    assert prefetching(model) == {False}
+    model.keep_products_in(torch.bfloat16)
+    labels = torch.tensor([3, 10], device="cuda")
+    parts = [None, *(torch.randn(2, side**2, 8, device="cuda") for side in (2, 3))]  # 2, 8 and 18 rows
+
+    def run() -> Tensor:
+        cache = model.start_cache(labels)
+        return torch.cat([model.step(x_BlZ, cache) for x_BlZ in parts], dim=1)
+
+    expected = run()
+    model.prefetch_weights()
+    early = torch.cuda.get_device_capability() >= (9, 0)
+    assert prefetching(model) == {early}
+    found = run()
+    assert torch.equal(found, expected) != early
+    assert (found - expected).float().norm() < 0.02 * expected.float().norm()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = run()
+    for _ in range(200):
+        drawn.zero_()
+        graph.replay()
+        assert torch.equal(drawn, found)
