@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from varcli.kernels.group_norm import channel_moments
 from varcli.tokenizer import VQVAE, TokenizerConfig
-from varcli.tokenizer.autoencoder import GroupNorm, ResBlock
+from varcli.tokenizer.autoencoder import AttentionBlock, GroupNorm, ResBlock
 
 
 def gradients(tokenizer: VQVAE, checkpointing: bool) -> tuple[list[torch.Tensor], int]:
@@ -91,6 +91,18 @@ def test_the_fused_encoder_and_decoder_are_the_same_functions(tiny_tokenizer):
         torch.testing.assert_close(encoder.fused_forward(images), features, rtol=1e-4, atol=1e-4)
         fused = decoder.conv_out(decoder.fused_blocks(features))
         torch.testing.assert_close(fused, decoder(features), rtol=1e-4, atol=1e-4)
+
+
+def test_attention_by_products_is_the_same_function_and_holds_large_float16_scores():
+    torch.manual_seed(0)
+    block = randomized(AttentionBlock(64, TokenizerConfig(width=64)))
+    maps = 30 * torch.randn(2, 64, 5, 6)  # whose scores are some 200,000 before they are scaled
+    with torch.no_grad():
+        expected = block._attend(maps)
+        torch.testing.assert_close(block._attend(maps, by_products=True), expected, rtol=1e-4, atol=1e-4)
+        block.half()
+        found = block._attend(maps.half(), by_products=True).float()
+    assert (found - expected).norm() < 0.1 * expected.norm()
 
 
 def test_a_laid_out_decoder_is_the_same_function_with_equal_weights(tiny_tokenizer):

@@ -9,6 +9,8 @@ Source: the VQGAN autoencoder (arXiv:2012.09841) in the sizes of VAR (arXiv:2404
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -149,8 +151,10 @@ class AttentionBlock(nn.Module):
         qkv = self.qkv(x).flatten(2).transpose(1, 2)  # (B, hw, 3C), channel order q | k | v
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
         if by_products:  # which with hundreds of channels a head are faster than one kernel
-            weights = torch.softmax((q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5, dim=-1).to(v.dtype)
-            y = weights @ v
+            scale = q.shape[-1] ** -0.5
+            power = 2.0 ** math.floor(math.log2(scale))  # its part that rounds nothing, so that float16 scores do not overflow
+            scores = ((q * power) @ k.transpose(2, 3)).float() * (scale / power)
+            y = torch.softmax(scores, dim=-1).to(v.dtype) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v)
         return y.squeeze(1).transpose(1, 2).reshape(x.shape)
