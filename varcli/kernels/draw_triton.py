@@ -7,6 +7,8 @@ and the noise is made where it is used. Only rounding differs. Needs Triton, whi
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,9 @@ from torch import Tensor
 GOLDEN = tl.constexpr(-7046029254386353131)
 MIX_1 = tl.constexpr(-4658895280553007687)
 MIX_2 = tl.constexpr(-7723592293110705685)
+
+_MARGIN = 0.1  # standard deviations to both sides of where the k-th of normally distributed logits would be
+_CUTS = 7  # after which a search looks which codes are left
 
 
 def draw_codes(
@@ -38,6 +43,7 @@ def draw_codes(
     codes_Bl = torch.empty(batch, length, dtype=torch.int64, device=wanted_BlV.device)
     wanted_BlV = wanted_BlV.contiguous()
     block = triton.next_power_of_2(vocab_size)
+    has_top_k = top_k is not None and top_k < vocab_size
     with torch.cuda.device_of(wanted_BlV):
         _draw_row[(batch * length,)](
             wanted_BlV,
@@ -49,13 +55,16 @@ def draw_codes(
             length,
             vocab_size,
             float(strength),
-            min(top_k or vocab_size, vocab_size),
+            top_k if has_top_k else vocab_size,
+            NormalDist().inv_cdf(1 - top_k / vocab_size) if has_top_k else 0.0,
             float(top_p or 1.0),
             IS_GUIDED=unwanted_BlV is not None,
-            HAS_TOP_K=top_k is not None and top_k < vocab_size,
+            HAS_TOP_K=has_top_k,
             HAS_TOP_P=top_p is not None and top_p < 1,
             BLOCK=block,
             SECOND=2**16 if vocab_size < 2**15 else 2**32,  # what a second count is worth in a sum with a first
+            MARGIN=_MARGIN,
+            CUTS=_CUTS,
             num_warps=_num_warps(block),
         )
     return codes_Bl
@@ -71,6 +80,24 @@ def _num_warps(block: int) -> int:
 @triton.jit
 def _add_two(a, b, c, d):
     return a + c, b + d
+
+
+@triton.jit
+def _rank(value):
+    """Numbers in the order of these floats, so that a limit can be found by cutting the numbers between two in three."""
+    bits = value.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _distance(low, high):
+    """From one int32 to another that is not below it, as a number without sign, since it may be too large for one with."""
+    return high.to(tl.uint32, bitcast=True) - low.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _third(distance):
+    return (distance // 3).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -92,12 +119,15 @@ def _draw_row(
     vocab_size,
     strength,
     top_k,
+    quantile,
     top_p,
     IS_GUIDED: tl.constexpr,
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
     BLOCK: tl.constexpr,
     SECOND: tl.constexpr,
+    MARGIN: tl.constexpr,
+    CUTS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     code = tl.arange(0, BLOCK)
@@ -111,18 +141,20 @@ def _draw_row(
     is_row_bad = tl.sum(tl.where(value - value == 0, 0, 1), 0) > 0
     value = tl.where(is_row_bad, 0.0, value) + 0.0  # -0.0 becomes 0.0: they tie
 
-    # floats in the order of their bits, so that a limit can be found by cutting the numbers between two in three
-    bits = value.to(tl.int32, bitcast=True)
-    rank = tl.where(is_code, bits ^ ((bits >> 31) & 0x7FFFFFFF), -2147483648)
-    highest = tl.max(rank, 0).to(tl.int64)
-    limit = tl.min(tl.where(is_code, rank, 2147483647), 0).to(tl.int64)
+    rank = tl.where(is_code, _rank(value), -2147483648)
+    highest, limit = tl.max(rank, 0), tl.min(tl.where(is_code, rank, 2147483647), 0)
     if HAS_TOP_K:  # the largest limit that at least k codes reach, or one that k codes reach
         high = highest
+        mean, square = tl.reduce((value, value * value), 0, _add_two)
+        mean, square = mean / vocab_size, square / vocab_size
+        spread = tl.sqrt(tl.maximum(square - mean * mean, 0.0))
+        # first where a normal distribution's would be, then in the middle of what is left
+        first, second = _rank(mean + (quantile - MARGIN) * spread), _rank(mean + (quantile + MARGIN) * spread)
         while limit < high:
-            first = limit + (high - limit + 2) // 3
-            second = limit + (2 * (high - limit) + 2) // 3
+            first = tl.maximum(tl.minimum(first, high), limit + 1)
+            second = tl.maximum(tl.minimum(second, high), first)
             # both counts in one sum
-            reached = tl.where(rank >= first.to(tl.int32), 1, 0) + tl.where(rank >= second.to(tl.int32), SECOND, 0)
+            reached = tl.where(rank >= first, 1, 0) + tl.where(rank >= second, SECOND, 0)
             counts = tl.sum(reached.to(tl.int32 if SECOND < 2**31 else tl.int64), 0)
             if counts // SECOND >= top_k:
                 limit = second
@@ -132,15 +164,18 @@ def _draw_row(
                 high = tl.where(counts % SECOND == top_k, first, second - 1)
             else:
                 high = first - 1
+            width = _distance(limit, high)
+            first, second = limit + _third(width + 2), high - _third(width)
     if HAS_TOP_P:  # the smallest limit above which less than p of the kept probability lies
         largest = tl.max(tl.where(is_code, value, -float("inf")), 0)
-        weight = tl.where(is_code & (rank >= limit.to(tl.int32)), tl.exp(value - largest), 0.0)
+        weight = tl.where(is_code & (rank >= limit), tl.exp(value - largest), 0.0)
         allowed = top_p * tl.sum(weight, 0)
         high = highest
+        cuts = 0
         while limit < high:
-            first = limit + (high - limit) // 3
-            second = limit + (2 * (high - limit)) // 3
-            beyond = tl.where(rank > first.to(tl.int32), weight, 0.0), tl.where(rank > second.to(tl.int32), weight, 0.0)
+            width = _distance(limit, high)
+            first, second = limit + _third(width), high - _third(width + 2)
+            beyond = tl.where(rank > first, weight, 0.0), tl.where(rank > second, weight, 0.0)
             above_first, above_second = tl.reduce(beyond, 0, _add_two)
             if above_first < allowed:
                 high = first
@@ -149,7 +184,12 @@ def _draw_row(
                 high = second
             else:
                 limit = second + 1
-    limit = limit.to(tl.int32)
+            cuts += 1
+            if cuts % CUTS == 0:  # by now few codes are left, of which one has the limit
+                is_left = (rank >= limit) & (rank <= high)
+                lowest = tl.min(tl.where(is_left, rank, high), 0)
+                high = tl.max(tl.where(is_left, rank, limit), 0)
+                limit = lowest
 
     key = _mix(_mix(tl.load(keys + row // length) + salt))
     position = row % length
