@@ -80,40 +80,6 @@ def test_other_dtypes_and_heads_are_left_to_libraries():
     assert not is_served(torch.float32, 64) and not any(is_served(torch.bfloat16, width) for width in (24, 96, 128))
 
 
-@pytest.mark.parametrize("kernel", ["forward", "queries", "keys", "step"])
-def test_a_program_fits_the_shared_memory_of_consumer_gpus(kernel):
-    """Triton needs no device to compile for one: 99 KiB a program on capability 8.6, 8.9 and 12.0."""
-    triton = pytest.importorskip("triton", reason="Triton is not installed")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from varcli.kernels import attention_backward_triton, attention_step_triton, attention_triton
-
-    step = attention_triton.Tiling(attention_step_triton._QUERIES, attention_step_triton._KEYS, 4, 3)
-    function, tiling = {
-        "forward": (attention_triton._varcli_attend, attention_triton.FORWARD),
-        "queries": (attention_backward_triton._varcli_attend_backward_queries, attention_backward_triton.QUERY_TILES),
-        "keys": (attention_backward_triton._varcli_attend_backward_keys, attention_backward_triton.KEY_TILES),
-        "step": (attention_step_triton._varcli_attend_step, step),
-    }[kernel]
-    constants = attention_triton.sizes_of((1, 4, 64), 1.0, 4, 64)
-    constants |= {"FIRSTS": attention_triton.cut_tiles((1, 4, 64), tiling.tile)}
-    constants |= {"QUERIES": tiling.tile, "KEYS": tiling.piece, "KEEPS": True, "IS_EARLY": False}
-    if kernel == "keys":
-        constants |= {"QUERIES": tiling.piece, "KEYS": tiling.tile}
-    names = function.arg_names
-    narrow = ("q_ptr", "k_ptr", "v_ptr", "qkv_ptr", "out_ptr", "grad_out_ptr", "grad_qkv_ptr")
-    types = {name: "*bf16" if name in narrow else "*fp32" if name.endswith("_ptr") else "i32" for name in names}
-    types |= {"cap": "fp32"} | {name: "constexpr" for name in constants if name in names}
-    places = {(names.index(name),): value for name, value in constants.items() if name in names}
-    divisible = {
-        (names.index(name),): [["tt.divisibility", 16]] for name in names if name.endswith(("_ptr", "_stride"))
-    }
-    source = ASTSource(fn=function, signature={name: types[name] for name in names}, constexprs=places, attrs=divisible)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 86, 32), options=tiling.options())
-    assert 0 < compiled.metadata.shared <= 99 * 1024
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

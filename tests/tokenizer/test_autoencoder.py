@@ -97,7 +97,8 @@ def test_attention_by_products_is_the_same_function():
     torch.manual_seed(0)
     block, maps = randomized(AttentionBlock(48, TokenizerConfig(width=48, norm_groups=4))), torch.randn(2, 48, 5, 6)
     with torch.no_grad():
-        torch.testing.assert_close(block._attend(maps, by_products=True), block._attend(maps), rtol=1e-4, atol=1e-4)
+        expected, block.by_products = block._attend(maps), True
+        torch.testing.assert_close(block._attend(maps), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_by_products_holds_scores_that_are_no_float16_number_before_they_are_scaled():
@@ -106,7 +107,8 @@ def test_attention_by_products_holds_scores_that_are_no_float16_number_before_th
     with torch.no_grad():
         q, k, _ = block.qkv(maps).flatten(2).transpose(1, 2).chunk(3, dim=-1)
         assert (q @ k.transpose(1, 2)).max() > torch.finfo(torch.float16).max
-        assert block.half()._attend(maps.half(), by_products=True).isfinite().all()
+        block.by_products = True
+        assert block.half()._attend(maps.half()).isfinite().all()
 
 
 def test_a_laid_out_decoder_is_the_same_function_with_equal_weights(tiny_tokenizer):
@@ -123,6 +125,12 @@ def test_a_laid_out_decoder_is_the_same_function_with_equal_weights(tiny_tokeniz
         expected = decoder.fused_blocks(features)
         decoder.lay_out(torch.float32)
         torch.testing.assert_close(decoder.fused_blocks(features), expected, rtol=1e-5, atol=1e-5)
+    assert level.blocks[0].conv1.weight.permute(2, 3, 1, 0).is_contiguous()
+    assert level.blocks[1].conv1.weight.is_contiguous(
+        memory_format=torch.channels_last
+    )  # to channels that libraries fit
+    assert decoder.levels[1].resample.phases.is_contiguous(memory_format=torch.channels_last)
+    assert decoder.middle.attention.by_products
     assert all(torch.equal(value, weights.pop(name)) for name, value in decoder.state_dict().items()) and not weights
 
 

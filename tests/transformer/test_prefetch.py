@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
+from varcli.kernels import launches_early
 from varcli.transformer import Transformer, TransformerConfig
 from varcli.transformer.attention import BlockLinear
 
@@ -18,10 +21,45 @@ def prefetching(model: Transformer) -> set[bool]:
     return {layer.prefetches for layer in model.modules() if isinstance(layer, BlockLinear)}
 
 
-def test_a_cpu_and_float32_weights_are_left_alone():
+def test_weights_are_prefetched_on_a_gpu_that_can_in_half_precision_and_not_in_a_copy(monkeypatch):
     model = Transformer(CONFIG)
+    model.kernels = "triton"
+    model.keep_products_in(torch.bfloat16)
+    model.prefetch_weights()
+    assert prefetching(model) == {False}  # on a CPU
+    monkeypatch.setattr("varcli.transformer.model.launches_early", lambda device: True)
+    model.prefetch_weights()
+    assert prefetching(model) == {True}
+    assert prefetching(copy.deepcopy(model)) == {False}
+    model.kernels = "torch"
     model.prefetch_weights()
     assert prefetching(model) == {False}
+    model.kernels = "triton"
+    model.prefetch_weights()
+    model.keep_in_fp8()
+    assert prefetching(model) == {False}
+    model = Transformer(CONFIG)
+    model.kernels = "triton"
+    model.prefetch_weights()
+    assert prefetching(model) == {False}  # in float32
+
+
+@pytest.mark.parametrize(
+    "capability, version, hip, expected",
+    [
+        ((9, 0), 12_030, None, True),
+        ((12, 0), 13_000, None, True),
+        ((8, 9), 13_000, None, False),
+        ((9, 0), 12_020, None, False),
+        ((9, 4), 13_000, "6.2", False),
+    ],
+)
+def test_kernels_are_launched_early_where_gpu_and_driver_can(capability, version, hip, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: version, raising=False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert launches_early(torch.device("cuda")) is expected
+    assert not launches_early(torch.device("cpu"))
 
 
 @pytest.mark.gpu
@@ -32,8 +70,6 @@ def test_steps_are_those_of_libraries_and_a_graph_of_them_gives_the_same_bytes_e
     for parameter in model.parameters():  # gates begin at nothing
         parameter.add_(0.05 * torch.randn_like(parameter))
     model.kernels = "triton"
-    model.prefetch_weights()
-    assert prefetching(model) == {False}
     model.keep_products_in(torch.bfloat16)
     labels = torch.tensor([3, 10], device="cuda")
     parts = [None, *(torch.randn(2, side**2, 8, device="cuda") for side in (2, 3))]  # 2, 8 and 18 rows
@@ -44,7 +80,7 @@ def test_steps_are_those_of_libraries_and_a_graph_of_them_gives_the_same_bytes_e
 
     expected = run()
     model.prefetch_weights()
-    early = torch.cuda.get_device_capability() >= (9, 0)
+    early = launches_early(labels.device)
     assert prefetching(model) == {early}
     found = run()
     assert torch.equal(found, expected) != early

@@ -34,6 +34,7 @@ HAS_TRITON = is_triton_there()
 
 _OLDEST_GPU = (8, 0)  # compute capability, of Triton's
 _EARLY_LAUNCH = (9, 0)  # of programmatic dependent launch
+_EARLY_LAUNCH_IN_GRAPHS = 12_030  # CUDA version of the driver
 
 
 def resolve_kernels(name: str, device: torch.device) -> str:
@@ -69,6 +70,7 @@ def is_launched(x: Tensor) -> bool:
 
 
 def launches_early(device: torch.device) -> bool:
-    """Whether a kernel on this GPU can begin before the one it follows has ended: see `varcli.kernels.few_rows_triton`."""
-    is_nvidia = device.type == "cuda" and not torch.version.hip
-    return is_nvidia and torch.cuda.get_device_capability(device) >= _EARLY_LAUNCH
+    """Whether a kernel on this GPU can begin before the one it follows has ended, in a graph too: see `few_rows_triton`."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < _EARLY_LAUNCH:
+        return False
+    return torch._C._cuda_getDriverVersion() >= _EARLY_LAUNCH_IN_GRAPHS

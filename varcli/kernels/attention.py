@@ -58,7 +58,7 @@ def attend_step(
     """Return what the l tokens of a step see of all L so far, (B, l, C); no gradients. Else as `attend`.
 
     k_BnLd, v_BnLd: a cache, (B, n, L, d) each of equal strides, in whose last l places the step's keys and values are written;
-    the earlier keys are 1 long. is_early: as in `varcli.kernels.few_rows_triton`; a CPU does not ask.
+    the earlier keys are 1 long. is_early: on CUDA, launched as `few_rows_triton` says.
     """
     if qkv_BlC.is_cuda:
         from varcli.kernels.attention_step_triton import launch_step

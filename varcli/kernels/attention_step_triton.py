@@ -24,9 +24,8 @@ from varcli.kernels.qk_triton import SHORTEST
 _TOKENS = 32  # of a program that fills the cache
 # of a program that sees it, at most, and the keys that it looks at together: the fastest of 17 on an H100
 _QUERIES, _KEYS = 64, 64
-_LONGEST: tl.constexpr = tl.constexpr(
-    100.0
-)  # scores to base 2, whose exponentials, and sums of these, are float32 numbers
+# scores to base 2, whose exponentials, and sums of these, are float32 numbers
+_LONGEST: tl.constexpr = tl.constexpr(100.0)
 
 
 @triton.jit
@@ -150,7 +149,7 @@ def launch_step(
 ) -> Tensor:
     """Return what the queries of a step see, (B, l, n, d), and write its keys and values to the last l places of the cache.
 
-    Keys and values: of equal strides, channels dense. is_early: as in `few_rows_triton`.
+    Keys and values: of equal strides, channels dense. is_early: launched as `few_rows_triton` says.
     """
     assert k_BnLd.stride() == v_BnLd.stride() and k_BnLd.stride(3) == 1, (k_BnLd.stride(), v_BnLd.stride())
     assert qkv_BlC.dtype == k_BnLd.dtype == v_BnLd.dtype, (qkv_BlC.dtype, k_BnLd.dtype, v_BnLd.dtype)

@@ -1,8 +1,11 @@
 """A Triton kernel for products of few rows, whose time is that of reading their weights.
 
-With programmatic dependent launch a kernel begins before the one it follows has ended: this one then has its weights under way
-while it waits for what they multiply. That needs GPUs of capability 9.0 on, and it pays where the kernels before do the same,
-which those of `norm_triton` and `attention_step_triton` do if they are told.
+An early launch, CUDA's programmatic dependent launch, begins a kernel before the one it follows has ended. This kernel then
+loads its weights, which no kernel writes, and waits with all else. It pays where the kernels around it are launched early, too:
+those of `norm_triton` and `attention_step_triton` are if they are told. All of them wait before they read or write anything
+else, so that each sees what every kernel before it has written.
+
+Sizes: the fastest of twelve on an H100 (examples/benchmarks/sampling.md).
 """
 
 from __future__ import annotations
@@ -14,13 +17,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MOST_ROWS = 16
-"""For more than these, which is a tile of tensor cores, libraries are as fast."""
+"""A tile of tensor cores: with 18 rows libraries are as fast."""
 
 _COLUMNS = 16  # of a program
-_GROUPS, _PIECE = (
-    4,
-    256,
-)  # parts of the inner dimension that are summed side by side, one a warp, and the length of each
+# parts of the inner dimension that are summed side by side, one a warp, and the length of each
+_GROUPS, _PIECE = 4, 256
+_NUM_STAGES = 2  # so that a program fits the shared memory of consumer GPUs
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -38,7 +40,7 @@ def _varcli_few_rows_product(
     x_at = x_ptr + rows[None, :, None] * DEPTH + inner
     weight = tl.load(weight_at, mask=is_column[None, :, None] & (inner < DEPTH), other=0)
     if IS_EARLY:
-        gdc_wait()  # weights are nobody's result; all else is
+        gdc_wait()
     x = tl.load(x_at, mask=is_row[None, :, None] & (inner < DEPTH), other=0)
     sums = tl.dot(x, weight.permute(0, 2, 1), input_precision="ieee")
     for first in range(GROUPS * PIECE, DEPTH, GROUPS * PIECE):
@@ -58,15 +60,15 @@ def _varcli_few_rows_product(
 def launch_product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, is_early: bool = False) -> Tensor:
     """Return x @ weight^T, or with a bias the GELU of its sum with that, for at most MOST_ROWS rows; float32 inside.
 
-    is_early: with programmatic dependent launch. weight: not written by any of the last kernels.
+    weight_NK: contiguous; with `is_early` it is read before kernels that were launched shortly before have ended.
     """
     (num_rows, depth), width = x_MK.shape, len(weight_NK)
-    assert num_rows <= MOST_ROWS, num_rows
+    assert num_rows <= MOST_ROWS and weight_NK.is_contiguous(), (num_rows, weight_NK.stride())
     out = x_MK.new_empty(num_rows, width)
     with torch.cuda.device_of(out):
         _varcli_few_rows_product[(triton.cdiv(width, _COLUMNS),)](
             x_MK.contiguous(),
-            weight_NK.contiguous(),
+            weight_NK,
             bias_N,
             out,
             num_rows,
@@ -78,11 +80,12 @@ def launch_product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None
             COLUMNS=_COLUMNS,
             GROUPS=_GROUPS,
             PIECE=min(_PIECE, max(16, triton.next_power_of_2(triton.cdiv(depth, _GROUPS)))),
+            num_stages=_NUM_STAGES,
             **early_launch(is_early),
         )
     return out
 
 
 def early_launch(is_early: bool) -> dict[str, bool]:
-    """What Triton is told where a kernel may begin before the one it follows has ended."""
+    """What Triton is told for an early launch, or for none."""
     return {"launch_pdl": True} if is_early else {}

@@ -20,7 +20,7 @@ _FEW_ROWS = 8192  # of all samples: fewer are spread over the device one a progr
 _BACKWARD_ROWS = 64  # a program: the sums it leaves behind are then 2 % of what it reads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])  # else steps differ, and each kind takes half a second to compile
 def _varcli_norm_forward(
     stream_ptr, branch_ptr, bias_ptr, gate_ptr, scale_ptr, shift_ptr,
     out_ptr, normed_ptr, mean_ptr, inverse_ptr, rounded_ptr, row_scale_ptr,
@@ -142,7 +142,7 @@ def launch_forward(
 
     Without a branch the first is the stream itself. bias_C: of the branch, where it is not in it yet. rounded_NC,
     row_scales_N1: where the norm's rows are to be written in FP8, and their scales; without `keeps` nothing else is of it.
-    is_early: as in `few_rows_triton`.
+    is_early: launched as `few_rows_triton` says.
     """
     stream_BLC = stream_BLC.contiguous()
     batch, length, width = stream_BLC.shape

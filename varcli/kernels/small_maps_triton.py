@@ -13,6 +13,7 @@ from torch import Tensor
 
 _PLACES, _OUTPUTS = 16, 4  # of a program that blends
 _FEW_TOKENS = 4096  # of all samples: fewer are spread over the device, in smaller programs
+_FEW_CHANNELS = 64  # with more, a large program does not fit the shared memory of consumer GPUs
 _STRIDES = ["sample_stride", "channel_stride", "place_stride"]
 
 
@@ -141,7 +142,7 @@ def launch_embed(
     All is float32 until it is rounded; x may have any strides.
     """
     (batch, length, channels), width = x_BlZ.shape, len(weight_CZ)
-    tokens, columns = (16, 64) if batch * length < _FEW_TOKENS else (64, 128)  # of a program
+    tokens, columns = embedded_at_once(batch * length, channels)
     out = torch.empty(copies * batch, length, width, dtype=dtype, device=x_BlZ.device)
     with torch.cuda.device_of(out):
         _varcli_embed[(triton.cdiv(length, tokens), triton.cdiv(width, columns), batch)](
@@ -160,3 +161,8 @@ def launch_embed(
             COLUMNS=columns,
         )
     return out
+
+
+def embedded_at_once(num_tokens: int, channels: int) -> tuple[int, int]:
+    """Tokens and columns of a program that embeds."""
+    return (64, 128) if num_tokens >= _FEW_TOKENS and channels <= _FEW_CHANNELS else (16, 64)

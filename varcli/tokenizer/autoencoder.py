@@ -130,10 +130,15 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention over all positions of a map, with a residual path."""
+    """Single-head self-attention over all positions of a map, with a residual path.
+
+    `by_products`, off unless set: products and a softmax in place of one kernel. With 640 channels a head they take a third of
+    its time for one map of 16 x 16 on an H100, two thirds for 64; in half precision scores are rounded, too.
+    """
 
     def __init__(self, channels: int, config: TokenizerConfig) -> None:
         super().__init__()
+        self.by_products = False
         self.norm = GroupNorm(channels, config)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
@@ -144,13 +149,13 @@ class AttentionBlock(nn.Module):
 
     def fused_forward(self, x: Tensor, moments_2BC: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the block to maps with these moments; return the result and its moments."""
-        y = self._attend(self.norm.fused_forward(x, moments_2BC, is_activated=False), by_products=True)
+        y = self._attend(self.norm.fused_forward(x, moments_2BC, is_activated=False))
         return add_residual(x, _without_bias(self.proj_out, y), self.proj_out.bias)
 
-    def _attend(self, x: Tensor, by_products: bool = False) -> Tensor:
+    def _attend(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).flatten(2).transpose(1, 2)  # (B, hw, 3C), channel order q | k | v
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
-        if by_products:  # which with hundreds of channels a head are faster than one kernel
+        if self.by_products:
             scale = q.shape[-1] ** -0.5
             power = 2.0 ** math.floor(
                 math.log2(scale)
@@ -291,13 +296,15 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def lay_out(self, dtype: torch.dtype) -> None:
-        """Store weights, which do not change any more, as the fused way in `dtype` reads them."""
+        """Store weights, which do not change any more, as the fused way in `dtype` reads them; attend by products."""
         self.to(memory_format=torch.channels_last)
         for part in self.modules():
             if isinstance(part, ResBlock):
                 part.lay_out()
-            if isinstance(part, Upsample):
+            elif isinstance(part, Upsample):
                 part.keep_phases_in(dtype)
+            elif isinstance(part, AttentionBlock):
+                part.by_products = True
 
     def fused_blocks(self, f_BZhw: Tensor) -> Tensor:
         """All but the last convolution, in the fused way."""

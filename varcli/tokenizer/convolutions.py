@@ -114,7 +114,7 @@ class Upsample(nn.Module):
     @torch.no_grad()
     def keep_phases_in(self, dtype: torch.dtype) -> None:
         """Add up the weights for `fused_forward` once and keep the sums: only for weights that do not change any more."""
-        self.phases = self._weight_of_phases().to(dtype)
+        self.phases = self._weight_of_phases().to(dtype, memory_format=torch.channels_last)
 
     def _weight_of_phases(self) -> Tensor:
         """The weights (4 * out, in, 2, 2) by row phase, column phase and output; float32 sums, rounded once.

@@ -20,8 +20,9 @@ from varcli.kernels import is_launched
 from varcli.shapes import check_shape
 from varcli.tokenizer.base import TokenizerConfig
 
-_BLENDED_AT_ONCE = 64  # channels that a program of the kernel holds; twice as many take minutes to compile
-_RESIZED_AT_ONCE = 32  # positions along a side, in float64
+# of the kernels' programs, which hold them in registers: more were not timed
+_BLENDED_AT_ONCE = 64  # channels
+_RESIZED_AT_ONCE = 32  # positions along a side
 
 
 def assign_phis(num_scales: int, num_phis: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,11 @@ class BlockLinear(nn.Linear):
         self.weight = nn.Parameter(rows_NK, requires_grad=False)
         if self.bias is not None:
             self.bias = nn.Parameter(self.bias.detach().to(device, torch.bfloat16), requires_grad=False)
+        self.prefetches = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of: it may come to a device that launches no kernel early."""
+        return super().__getstate__() | {"prefetches": False}
 
 
 def linear(layer: nn.Linear, x: Tensor | Rows, bias: Tensor | None = None) -> Tensor:
@@ -114,9 +120,11 @@ def is_in_fp8(layer: nn.Linear) -> bool:
     return isinstance(layer, BlockLinear) and layer.fp8 and layer.training
 
 
-def is_prefetched(layer: nn.Linear, x: Tensor | Rows) -> bool:
+def is_prefetched(layer: nn.Linear, x: Tensor) -> bool:
     """Whether a layer's product of `x` is one of few rows, whose weights are under way before `x` is there."""
     if not (isinstance(layer, BlockLinear) and layer.prefetches and is_launched(x)):
+        return False
+    if layer.weight.dtype == torch.float32:
         return False
     from varcli.kernels.few_rows_triton import MOST_ROWS
 
@@ -208,7 +216,7 @@ class SelfAttention(nn.Module):
             length = qkv.shape[1]
             if self._is_served(qkv):
                 scales = _MAX_LOG_SCALE, *cache.until(start + length), self.softmax_scale
-                return attend_step(qkv, *learned, *scales, is_early=is_prefetched(self.qkv, x_BlC))
+                return attend_step(qkv, *learned, *scales, is_early=is_prefetched(self.qkv, qkv))
             q = normalize_into(qkv, *learned, _MAX_LOG_SCALE, *cache.place(start, length))
         return attend_by_step(q, *cache.until(start + length), (length,), self.softmax_scale)
 

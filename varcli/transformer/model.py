@@ -235,16 +235,15 @@ class Transformer(nn.Module):
         self._after_attention = torch.compile(Block.after_attention, backend=backend)
 
     def prefetch_weights(self) -> None:
-        """Take the products of steps of few tokens with their weights under way early, where that is of use.
+        """Let blocks load the weights of a step of few tokens before what they multiply is there, if their GPU can.
 
-        That is on NVIDIA GPUs from H100 on with kernels `triton` and weights in half precision; it compiles five kernels more.
+        With kernels `triton` and weights in half precision, as they are now; for many images, as it takes seconds to compile.
         """
         weight = self.output_projection.weight
-        if self.kernels != "triton" or weight.dtype == torch.float32 or not launches_early(weight.device):
-            return
+        can = self.kernels == "triton" and weight.dtype != torch.float32 and launches_early(weight.device)
         for layer in self.blocks.modules():
-            if isinstance(layer, BlockLinear) and not is_kept_in_fp8(layer):
-                layer.prefetches = True
+            if isinstance(layer, BlockLinear):
+                layer.prefetches = can and layer.weight.is_contiguous() and not is_kept_in_fp8(layer)
 
     @torch.no_grad()
     def step(self, x_BlZ: Tensor | None, cache: KVCache) -> Tensor:
