@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from varcli.kernels import launches_early
+from varcli.kernels import _driver_version, launches_early
 from varcli.transformer import Transformer, TransformerConfig
 from varcli.transformer.attention import BlockLinear
 
@@ -56,10 +57,20 @@ def test_weights_are_prefetched_on_a_gpu_that_can_in_half_precision_and_not_in_a
 )
 def test_kernels_are_launched_early_where_gpu_and_driver_can(capability, version, hip, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: version, raising=False)
+    monkeypatch.setattr("varcli.kernels._driver_version", lambda: version)
     monkeypatch.setattr(torch.version, "hip", hip)
     assert launches_early(torch.device("cuda")) is expected
     assert not launches_early(torch.device("cpu"))
+
+
+def test_a_driver_that_is_not_there_has_no_version(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", Mock(side_effect=OSError("libcuda.so.1: cannot open shared object file")))
+    assert _driver_version() == 0
+
+
+@pytest.mark.gpu
+def test_a_driver_on_a_gpu_has_the_version_that_torch_needs():
+    assert _driver_version() >= 1000 * int(torch.version.cuda.split(".")[0])
 
 
 @pytest.mark.gpu

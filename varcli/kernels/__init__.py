@@ -5,6 +5,7 @@ Triton is imported when one of its kernels is launched, so that everything else 
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -73,4 +74,14 @@ def launches_early(device: torch.device) -> bool:
     """Whether a kernel on this GPU can begin before the one it follows has ended, in a graph too: see `few_rows_triton`."""
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < _EARLY_LAUNCH:
         return False
-    return torch._C._cuda_getDriverVersion() >= _EARLY_LAUNCH_IN_GRAPHS
+    return _driver_version() >= _EARLY_LAUNCH_IN_GRAPHS
+
+
+def _driver_version() -> int:
+    """CUDA version of the NVIDIA driver, major * 1,000 + minor * 10, or 0 where its library is not found."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value
