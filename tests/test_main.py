@@ -49,6 +49,28 @@ def test_signal_during_the_imports_is_one_error(stand_in: str, name: str, tmp_pa
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a process cannot send itself signals")
+@pytest.mark.parametrize("name", ENDS)
+def test_signal_while_options_are_read_is_one_error(name: str):
+    """There typer would end with a bare code 130."""
+    script = (
+        "import os, signal, varcli.__main__ as process\n"
+        "from varcli.cli import console\n"
+        f"console.result = lambda text: os.kill(os.getpid(), signal.{name})\n"
+        "process.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--version"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    code, message = ENDS[name]
+    assert done.returncode == code and done.stderr.startswith(message), done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process cannot send itself signals")
 def test_one_of_several_processes_leaves_sigterm_to_torchrun(tmp_path: Path):
     done = _run(IN_IMPORT.format(name="SIGTERM"), tmp_path, WORLD_SIZE="2")
     assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")

@@ -170,6 +170,7 @@ def test_products_in_fp8_are_told_in_the_manifest_and_by_eval(model, tiny_images
         (["--n", "0"], "`--n` must be 1 or more, but is 0"),
         (["--count", "0"], "`--n` must be 1 or more, but is 0"),
         (["--classes", "all", "--per-class", "-1"], "`--per-class` must be 1 or more, but is -1"),
+        (["--classes", "all", "--per-class", "1", "--n", "2"], "`--n` and `--per-class` both say"),
         (["--cfg", "-1"], "`--cfg` must be 0 or more, but is -1"),
         (["--top-p", "1.5"], "top_p must be above 0 and at most 1, but is 1.5"),
         (["--top-k", "-3"], "`--top-k` must be 0 or more, but is -3"),
@@ -245,9 +246,30 @@ def test_settings_that_the_model_suggests_are_used_and_told_unless_some_are_give
     done = run(*arguments, "--out", tmp_path / "b", "--cfg", 2)
     settings = read_manifest(tmp_path / "b", "samples").info
     assert done.exit_code == 0 and (settings["cfg"], settings["top_k"]) == (2.0, 900)
-    save_transformer(model / "transformer", transformer, {**info, "sampling": {"cfg": "high"}})
-    done = run(*arguments, "--out", tmp_path / "c")
-    assert done.exit_code == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling": {"cfg": "high"}}, "suggests settings that cannot be: config key `cfg` takes a number"),
+        ({"sampling": {"cfg": -3}}, "suggests settings that cannot be: cfg must be 0 or more"),
+        ({"sampling": {"seed": 7}}, "suggests settings that cannot be: `seed` is for who draws to choose"),
+        ({"sampling": [1]}, "suggests settings that cannot be"),
+        ({"tokenizer": 5}, "was trained on codes of tokenizer 5"),
+        ({"classes": [1, 2, 3]}, "names are no list of as many texts"),
+        ({"config": {"depth": 10**6}}, "has a config that cannot be: depth is at most"),
+        ({"config": {"drop_path": "a"}}, "has a config that cannot be: config key `drop_path` takes a number"),
+        ({"config": 3}, "has no config"),
+    ],
+)
+def test_an_edited_manifest_is_named_with_what_is_wrong_in_it(changes, message, model, tmp_path):
+    path = model / "transformer" / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["info"] |= changes
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    done = run("sample", "--model", model, "--class", 1, "--n", 1, "--device", "cpu", "--out", tmp_path / "c")
+    assert done.exit_code == 1 and message in " ".join(done.stderr.split()), done.stderr
+    assert "hint: " in done.stderr and not (tmp_path / "c").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGTERM to catch")

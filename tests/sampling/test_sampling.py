@@ -126,11 +126,34 @@ def test_settings_that_cannot_be_are_refused(settings):
         SampleConfig(**settings)
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_of_no_image_is_refused(generator, size):
+    with pytest.raises(ConfigError, match=f"batch_size must be 1 or more, but is {size}"):
+        generator.sample([0], batch_size=size)
+
+
+@pytest.mark.parametrize("index", [0.5, "a", -1, True, torch.tensor(0.5), None])
+def test_an_index_is_a_whole_number_from_0_on(generator, index):
+    with pytest.raises(ConfigError, match="an index is"):
+        generator.sample([0], indices=[index])
+
+
+def test_indices_may_be_tensors_and_batches_takes_settings_by_name(generator):
+    expected = generator.sample([0, 1], indices=[3, 4], cfg=2.0)
+    assert torch.equal(generator.sample(torch.tensor([0, 1]), indices=torch.tensor([3, 4]), cfg=2.0), expected)
+    assert torch.equal(torch.cat(list(generator.batches([0, 1], [3, 4], cfg=2.0))), expected)
+    with pytest.raises(ConfigError, match="seed must be 0 or more"):
+        generator.sample([0], seed=-1)
+
+
 def test_unknown_classes_and_foreign_tokenizers_are_refused(generator, tiny_transformer):
     with pytest.raises(DataError, match="207"):
         generator.sample([207])
     with pytest.raises(ConfigError, match="nothing to sample"):
         generator.sample([])
+    for classes in (3, None, "boat"):
+        with pytest.raises(ConfigError, match="classes must be a list"):
+            generator.sample(classes)
     from varcli.tokenizer import VQVAE, TokenizerConfig
 
     other = TokenizerConfig(patch_nums=(1, 4), vocab_size=16, code_channels=8, width=32, channel_multipliers=(1,))

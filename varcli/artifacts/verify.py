@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from varcli import config as configs
 from varcli.artifacts.manifest import FORMAT_VERSION, MANIFEST_NAME, PLAN_NAME, FileEntry, Manifest, hash_files
 from varcli.artifacts.tensors import LENGTH, MAX_HEADER, parse_header, parse_tensors
-from varcli.errors import ArtifactError, IntegrityError
+from varcli.config import Config
+from varcli.errors import ArtifactError, ConfigError, IntegrityError
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -224,3 +226,18 @@ def _read_regular(path: Path, size: int) -> memoryview:
                 "put the file itself there: what a link leads to may change",
             ) from None
         raise ArtifactError(f"cannot read `{path}`: {error.strerror}") from None
+
+
+def read_config(folder: Path, manifest: Manifest, cls: type[Config]) -> Config:
+    """Return the config that the manifest of an artefact holds.
+
+    Raises ArtifactError if it holds none, or one that cannot be.
+    """
+    hint = "it was edited, or written by a later varcli; restore it from a copy"
+    values = manifest.info.get("config")
+    if not isinstance(values, Mapping):
+        raise ArtifactError(f"the manifest of `{folder}` has no config", hint)
+    try:
+        return configs.from_dict(cls, values)
+    except ConfigError as error:
+        raise ArtifactError(f"the manifest of `{folder}` has a config that cannot be: {error}", hint) from None

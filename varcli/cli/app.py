@@ -197,4 +197,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to stop
-    app(prog_name="varcli")
+    try:
+        app(prog_name="varcli")
+    except SystemExit as ended:
+        stopped_by = getattr(ended.__context__, "__cause__", None)
+        if isinstance(stopped_by, KeyboardInterrupt):  # outside of a command, where typer makes a bare code 130 of it
+            raise stopped_by from None
+        raise

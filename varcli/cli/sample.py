@@ -114,8 +114,9 @@ def sample(
 
     With several GPUs: torchrun --nproc-per-node 8 -m varcli sample ...; they
     share the images, which are those of one: byte for byte on a CPU, with as many
-    threads each (OMP_NUM_THREADS), on a GPU up to what rounding changes. Some
-    versions of torchrun take --n for an option of theirs; --count is the same.
+    threads each (OMP_NUM_THREADS) and --no-smooth, else up to what rounding
+    changes. Some versions of torchrun take --n for an option of theirs; --count
+    is the same.
     """
     from varcli import config as configs
     from varcli.distributed import join_world
@@ -131,6 +132,8 @@ def sample(
             raise ConfigError(f"`--classes` takes `all`, but got `{classes}`", "name single classes with --class")
         if classes and class_:
             raise ConfigError("`--class` and `--classes` both say which classes to draw", "give one of them")
+        if per_class and n:
+            raise ConfigError("`--n` and `--per-class` both say how many images of a class", "give one of them")
         if per_class and not classes:
             raise ConfigError("`--per-class` goes with `--classes all`", "use --n for the images of each --class")
         if compile_ not in ("auto", "on", "off"):

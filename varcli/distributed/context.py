@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy  # noqa: F401 - before torch, whose own import of it drops a Ctrl-C or SIGTERM
 import torch
 import torch.distributed as dist
 from torch import Tensor

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-import operator
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +25,8 @@ from varcli.sampling.engine import Engine
 from varcli.sampling.memory import choose_batch_size, choose_decode_chunk, image_bytes
 from varcli.sampling.models import find_model
 from varcli.sampling.noise import KeyedNoise, Noise
-from varcli.sampling.settings import SampleConfig
+from varcli.sampling.requests import number_images
+from varcli.sampling.settings import SampleConfig, check_suggested
 from varcli.sampling.transfer import Transfer
 from varcli.sampling.walk import walk_steps
 from varcli.tokenizer import VQVAE
@@ -74,7 +72,7 @@ class Generator:
             is_list = not isinstance(classes, str) and all(isinstance(name, str) for name in classes)
             if not is_list or len(classes) != config.num_classes:
                 raise ArtifactError(
-                    f"the transformer has {config.num_classes} classes, but the names of its classes are not as many: "
+                    f"the transformer has {config.num_classes} classes, but their names are no list of as many texts: "
                     f"{str(classes)[:80]}",
                     "its manifest was edited; restore it from a copy",
                 )
@@ -112,15 +110,14 @@ class Generator:
         wanted = manifest.info.get("tokenizer")
         if wanted is not None and wanted != found:
             raise ArtifactError(
-                f"the transformer in `{folder}` was trained on codes of tokenizer {wanted[:6]}, but the one beside it is "
+                f"the transformer in `{folder}` was trained on codes of tokenizer {str(wanted)[:6]}, but the one beside it is "
                 f"{found[:6]}",
                 "put back the tokenizer it was trained with",
             )
         order = str(manifest.info.get("order", "scale"))
         sha256 = manifest.files["weights.safetensors"].sha256
         source = manifest.info.get("source")
-        suggested = manifest.info.get("sampling")
-        suggested = suggested if isinstance(suggested, Mapping) else None
+        suggested = check_suggested(folder / "transformer", manifest.info.get("sampling"))
         generator = cls(tokenizer, transformer, manifest.info.get("classes"), order, sha256, source, suggested)
         generator.tokenizer_fingerprint = found
         return generator
@@ -146,8 +143,7 @@ class Generator:
         codes tie within rounding and `smooth` is off.
         Raises DataError for an unknown class, ConfigError for an empty list.
         """
-        config = configs.replace(config or SampleConfig(), settings)
-        return torch.cat(list(self.batches(classes, indices, config, batch_size)))
+        return torch.cat(list(self.batches(classes, indices, config, batch_size, **settings)))
 
     def batches(
         self,
@@ -155,14 +151,17 @@ class Generator:
         indices: Sequence[int] | None = None,
         config: SampleConfig | None = None,
         batch_size: int | None = None,
+        **settings: Any,
     ) -> Iterator[Tensor]:
         """Draw as `sample` does, and yield the images batch by batch in the order given: uint8 (n, 3, H, W) on the CPU.
 
         Where batches are graphs, one is handed over while the device draws the next. Raises as `sample` does, when the first
         batch is asked for; NumericError from the batch that it is about.
         """
-        config = config or SampleConfig()
-        numbers, indices = self._number(classes, indices)
+        config = configs.replace(config or SampleConfig(), settings)
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size must be 1 or more, but is {batch_size}", "None takes what fits the memory")
+        numbers, indices = number_images(classes, indices, self.classes)
         done = 0
         while done < len(numbers):
             size = min(batch_size or self.batch_size(config), len(numbers))
@@ -251,7 +250,7 @@ class Generator:
         to `sample`'s. Raises as `sample` does, when the first picture is asked for.
         """
         config = configs.replace(config or SampleConfig(), settings)
-        numbers, indices = self._number(classes, indices)
+        numbers, indices = number_images(classes, indices, self.classes)
         chooser = self._chooser(KeyedNoise(config.seed, numbers, indices, self.device), config)
         labels_B = torch.tensor(numbers, device=self.device)
         steps = walk_steps(self.transformer, self.order, labels_B, chooser, config, self.dtype(config))
@@ -344,30 +343,6 @@ class Generator:
         for step, vectors_BlZ in enumerate(vectors):
             state, _ = self.order.advance(state, step, vectors_BlZ)
         return self.order.finish(state)
-
-    def _number(self, classes: Sequence[int | str], indices: Sequence[int] | None) -> tuple[list[int], list[int]]:
-        """Return the class number of each image asked for, and which image of its class it is."""
-        if isinstance(classes, str):
-            raise ConfigError(
-                f"classes must be a list of names or numbers, but is `{classes}`", f"e.g. ['{classes}'] * 4"
-            )
-        numbers = [self._resolve(entry) for entry in classes]
-        if not numbers:
-            raise ConfigError("there is nothing to sample", "ask for at least one image")
-        if indices is None:
-            counters: dict[int, itertools.count] = defaultdict(itertools.count)
-            indices = [next(counters[number]) for number in numbers]
-        if len(indices) != len(numbers):
-            raise ConfigError(f"there are {len(numbers)} classes, but {len(indices)} indices", "pass one for each")
-        return numbers, list(indices)
-
-    def _resolve(self, entry: int | str) -> int:
-        if not isinstance(entry, str):
-            if isinstance(entry, bool) or not hasattr(entry, "__index__"):
-                raise ConfigError(f"a class is a name or a whole number, but got {entry!r}")
-            entry = operator.index(entry)  # numpy's and torch's whole numbers, too
-        no_class = self.transformer.config.num_classes
-        return no_class if entry == no_class else self.classes.resolve(entry)
 
 
 def _load_tokenizer(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[VQVAE, str]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from varcli.errors import ConfigError, unknown_name
+from varcli import config as configs
+from varcli.errors import ArtifactError, ConfigError, unknown_name
 from varcli.sampling.logits import CFG_SCHEDULES
+
+_NOT_SUGGESTED = {"seed", "precision"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,8 @@ class SampleConfig:
             raise unknown_name("guidance schedule", self.cfg_schedule, CFG_SCHEDULES)
         if not self.cfg >= 0:
             raise ConfigError(f"cfg must be 0 or more, but is {self.cfg}", "0 is no guidance, 1.5 the paper's, 4 vivid")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be 0 or more, but is {self.seed}")
         if self.cfg_interval is not None:
             object.__setattr__(self, "cfg_interval", tuple(self.cfg_interval))  # a manifest holds lists
             if len(self.cfg_interval) != 2 or not 0 <= self.cfg_interval[0] <= self.cfg_interval[1] <= 1:
@@ -33,7 +41,7 @@ class SampleConfig:
                     f"cfg_interval must be two numbers from 0 to 1, the smaller first, but is {self.cfg_interval}"
                 )
         if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k must be at least 1, but is {self.top_k}", "leave it out to draw from all codes")
+            raise ConfigError(f"top_k must be at least 1, but is {self.top_k}", "None draws from all codes")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1, but is {self.top_p}", "1 draws from all codes")
 
@@ -43,3 +51,24 @@ class SampleConfig:
         shares = [step / max(num_steps - 1, 1) for step in range(num_steps)]
         schedule = CFG_SCHEDULES[self.cfg_schedule]
         return [self.cfg * schedule(share) if low <= share <= high else 0.0 for share in shares]
+
+
+def check_suggested(folder: Path, settings: Any) -> Mapping[str, Any] | None:
+    """Return the settings that a transformer's manifest suggests for looking at: fields of SampleConfig, or None.
+
+    Raises ArtifactError if they cannot be.
+    """
+    if settings is None:
+        return None
+    try:
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"{settings!r} is no table")
+        for name in _NOT_SUGGESTED & set(settings):
+            raise ConfigError(f"`{name}` is for who draws to choose")
+        configs.replace(SampleConfig(), settings)
+    except ConfigError as error:
+        raise ArtifactError(
+            f"the manifest of `{folder}` suggests settings that cannot be: {error}",
+            "it was edited; restore it from a copy",
+        ) from None
+    return settings

@@ -59,7 +59,7 @@ def sample_to_folder(
     next batch is drawn; 0 does it here, None chooses. rejection: draw more candidates and keep the best, so that the images
     of a class are not numbered in a row any more; the scores of all candidates stay in the folder. world: processes that
     share the images and all call this, each with a generator on a device of its own; the images are those of one process,
-    on a CPU byte for byte where each has as many threads.
+    on a CPU byte for byte where each has as many threads and `smooth` is off.
     Raises ConfigError if `out` holds samples made with other settings or nothing can judge candidates, ArtifactError if it
     cannot be written, DataError if a worker is killed; what was finished is kept.
     """

@@ -10,10 +10,10 @@ import torch
 
 from varcli import config as configs
 from varcli.artifacts.manifest import Manifest, write_manifest
-from varcli.artifacts.verify import read_checked_tensors, read_manifest, require_finite
+from varcli.artifacts.verify import read_checked_tensors, read_config, read_manifest, require_finite
 from varcli.artifacts.weights import load_state, without_weights
 from varcli.artifacts.write import prepare_folder, write_tensors
-from varcli.errors import ArtifactError, ConfigError
+from varcli.errors import ConfigError
 from varcli.tokenizer.base import TokenizerConfig
 from varcli.tokenizer.vqvae import VQVAE
 
@@ -57,10 +57,9 @@ def load_tokenizer(folder: Path, device: torch.device | str = "cpu") -> VQVAE:
     Raises ArtifactError (IntegrityError for changed bytes) if it is not whole or its weights do not fit its config.
     """
     manifest = read_manifest(folder, KIND)
-    if not isinstance(manifest.info.get("config"), dict):
-        raise ArtifactError(f"the manifest of `{folder}` holds no tokenizer config", "restore it, or import it again")
+    config = read_config(folder, manifest, TokenizerConfig)
     with without_weights():
-        tokenizer = VQVAE(configs.from_dict(TokenizerConfig, manifest.info["config"]))
+        tokenizer = VQVAE(config)
     state = read_checked_tensors(folder, WEIGHTS_NAME, manifest)
     require_finite(state, f"`{folder}`")
     load_state(tokenizer, {name: tensor.float() for name, tensor in state.items()}, folder, assign=True)

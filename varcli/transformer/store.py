@@ -10,10 +10,10 @@ import torch
 
 from varcli import config as configs
 from varcli.artifacts.manifest import Manifest, write_manifest
-from varcli.artifacts.verify import read_checked_tensors, read_manifest, require_finite
+from varcli.artifacts.verify import read_checked_tensors, read_config, read_manifest, require_finite
 from varcli.artifacts.weights import load_state, without_weights
 from varcli.artifacts.write import prepare_folder, write_tensors
-from varcli.errors import ArtifactError, ConfigError
+from varcli.errors import ConfigError
 from varcli.kernels.fp8 import require_fp8
 from varcli.transformer.base import TransformerConfig
 from varcli.transformer.model import Transformer
@@ -54,9 +54,7 @@ def load_transformer(
     ConfigError where there is no FP8.
     """
     manifest = read_manifest(folder, KIND)
-    if "config" not in manifest.info:
-        raise ArtifactError(f"the manifest of `{folder}` has no config", "it was edited; restore it from a copy")
-    config = configs.from_dict(TransformerConfig, manifest.info["config"])
+    config = read_config(folder, manifest, TransformerConfig)
     if fp8:
         require_fp8(torch.device(device), dtype, config.width, config.hidden_width)
     with without_weights():
