@@ -36,9 +36,9 @@ def test_the_kernel_compiles_for_an_h100_without_one():
 
     from varcli.kernels.draw_triton import _draw_row
 
-    constants = {"IS_GUIDED": True, "HAS_TOP_K": True, "HAS_TOP_P": True, "BLOCK": 4096, "SECOND": 2**16}
+    constants = {"HAS_TOP_K": True, "HAS_TOP_P": True, "BLOCK": 4096, "SECOND": 2**16, "MARGIN": 0.1, "CUTS": 7}
     types = {"wanted": "*bf16", "unwanted": "*bf16", "keys": "*i64", "codes": "*i64", "is_bad": "*i32", "salt": "i64"}
-    types |= {"strength": "fp32", "top_p": "fp32"}
+    types |= {"strength": "fp32", "quantile": "fp32", "top_p": "fp32"}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in _draw_row.arg_names}
     places = {(_draw_row.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=_draw_row, signature=signature, constexprs=places)

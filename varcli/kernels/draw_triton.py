@@ -44,10 +44,12 @@ def draw_codes(
     wanted_BlV = wanted_BlV.contiguous()
     block = triton.next_power_of_2(vocab_size)
     has_top_k = top_k is not None and top_k < vocab_size
+    if unwanted_BlV is None:
+        unwanted_BlV, strength = wanted_BlV, 0.0
     with torch.cuda.device_of(wanted_BlV):
         _draw_row[(batch * length,)](
             wanted_BlV,
-            wanted_BlV if unwanted_BlV is None else unwanted_BlV.contiguous(),
+            unwanted_BlV.contiguous(),
             keys_B,
             salt,
             codes_Bl,
@@ -58,7 +60,6 @@ def draw_codes(
             top_k if has_top_k else vocab_size,
             NormalDist().inv_cdf(1 - top_k / vocab_size) if has_top_k else 0.0,
             float(top_p or 1.0),
-            IS_GUIDED=unwanted_BlV is not None,
             HAS_TOP_K=has_top_k,
             HAS_TOP_P=top_p is not None and top_p < 1,
             BLOCK=block,
@@ -107,7 +108,7 @@ def _mix(value):
     return value ^ ((value >> 31) & 0x1FFFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["salt", "length"])  # else steps differ, and each kind takes two seconds to compile
 def _draw_row(
     wanted,
     unwanted,
@@ -121,7 +122,6 @@ def _draw_row(
     top_k,
     quantile,
     top_p,
-    IS_GUIDED: tl.constexpr,
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -134,9 +134,8 @@ def _draw_row(
     is_code = code < vocab_size
     place = row * vocab_size + code
     value = tl.load(wanted + place, mask=is_code, other=0.0).to(tl.float32)
-    if IS_GUIDED:
-        other = tl.load(unwanted + place, mask=is_code, other=0.0).to(tl.float32)
-        value = (1 + strength) * value - strength * other
+    other = tl.load(unwanted + place, mask=is_code, other=0.0).to(tl.float32)
+    value = (1 + strength) * value - strength * other
     # x - x is 0 for every finite number
     is_row_bad = tl.sum(tl.where(value - value == 0, 0, 1), 0) > 0
     value = tl.where(is_row_bad, 0.0, value) + 0.0  # -0.0 becomes 0.0: they tie
