@@ -5,7 +5,7 @@ loads its weights, which no kernel writes, and waits with all else. It pays wher
 those of `norm_triton` and `attention_step_triton` are if they are told. All of them wait before they read or write anything
 else, so that each sees what every kernel before it has written.
 
-Sizes: the fastest of twelve on an H100 (examples/benchmarks/sampling.md).
+Sizes: the fastest of twelve on an H100, with three stages (examples/benchmarks/sampling.md).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from varcli.kernels.gelu_triton import gelu
 
 MOST_ROWS = 16
 """A tile of tensor cores: with 18 rows libraries are as fast."""
@@ -50,9 +52,7 @@ def _varcli_few_rows_product(
         sums = tl.dot(x, weight.permute(0, 2, 1), sums, input_precision="ieee")
     values = tl.sum(sums, axis=0)
     if ACTIVATES:
-        values += tl.load(bias_ptr + columns, mask=is_column, other=0).to(tl.float32)[None, :]
-        # the tanh form of GELU, as in `gelu_triton`
-        values = values * tl.sigmoid(1.5957691216057308 * (values + 0.044715 * values * values * values))
+        values = gelu(values + tl.load(bias_ptr + columns, mask=is_column, other=0).to(tl.float32)[None, :])
     at = rows[:, None] * width + columns[None, :]
     tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 

@@ -22,6 +22,13 @@ _FEW_ROWS = 8192  # fewer whole rows are spread over the device one a program, f
 
 
 @triton.jit
+def gelu(x):
+    """The tanh form, float32."""
+    # 0.5 * (1 + tanh(u)) is sigmoid(2 * u), and 1.59... is twice the root of 2 / pi
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
 def _varcli_gelu_forward(
     before_ptr, bias_ptr, result_ptr, rounded_ptr, scale_ptr,
     num_rows,
@@ -36,9 +43,7 @@ def _varcli_gelu_forward(
         at = rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
         inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
         x = tl.load(before_ptr + at, mask=inside, other=0).to(tl.float32) + bias[None, :]
-        # 0.5 * (1 + tanh(u)) is sigmoid(2 * u), and 1.59... is twice the root of 2 / pi
-        result = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        result = result.to(before_ptr.dtype.element_ty)
+        result = gelu(x).to(before_ptr.dtype.element_ty)
         if KEEPS:
             tl.store(result_ptr + at, result, mask=inside)
         if ROUNDS:

@@ -157,9 +157,8 @@ class AttentionBlock(nn.Module):
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
         if self.by_products:
             scale = q.shape[-1] ** -0.5
-            power = 2.0 ** math.floor(
-                math.log2(scale)
-            )  # its part that rounds nothing, so that float16 scores do not overflow
+            # its part that rounds nothing, so that float16 scores do not overflow
+            power = 2.0 ** math.floor(math.log2(scale))
             scores = ((q * power) @ k.transpose(2, 3)).float() * (scale / power)
             y = torch.softmax(scores, dim=-1).to(v.dtype) @ v
         else:
