@@ -86,6 +86,15 @@ def test_a_rerun_draws_only_what_is_missing_and_the_same_again(model, tmp_path):
     assert lost.read_bytes() == before
 
 
+def test_a_model_under_another_name_adds_to_its_samples(model, tmp_path):
+    """It counted as another model once its folder was renamed or copied."""
+    common = ["sample", "--class", "cat", "--out", tmp_path / "out", "--device", "cpu", "--json"]
+    assert json.loads(run(*common, "--model", model, "--n", 2).stdout)["drawn"] == 2
+    moved = model.rename(model.with_name("elsewhere"))
+    assert json.loads(run(*common, "--model", moved, "--n", 3).stdout)["drawn"] == 1
+    assert read_manifest(tmp_path / "out", "samples").info["model"] == "elsewhere"
+
+
 def test_workers_write_what_is_written_without_them(model, tmp_path):
     common = ["sample", "--model", model, "--classes", "all", "--per-class", 3, "--device", "cpu"]
     for out, workers in (("none", 0), ("two", 2)):

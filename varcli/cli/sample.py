@@ -163,6 +163,9 @@ def sample(
         num_drawn = len(wanted) if rejection is None else len(wanted) * rejection.of // rejection.keep
         if compile_ == "on" or (compile_ == "auto" and _is_worth_compiling(generator, num_drawn, world.size)):
             generator.compile()
+            if world.is_first:
+                wait = "a minute or so" if generator.device.type == "cuda" else "minutes"
+                console.note(f"torch.compile is on: before the first images come it takes {wait}")
         result = sample_to_folder(
             generator,
             wanted,

@@ -66,10 +66,11 @@ def sample_to_folder(
     config = config or SampleConfig()
     precision = str(generator.dtype(config)).removeprefix("torch.")
     settings = {**configs.to_dict(config), "precision": precision, "tokenizer": generator.tokenizer_fingerprint}
-    settings |= {"transformer": generator.weights_sha256, "model": model, "classes": list(generator.classes.names)}
+    settings |= {"transformer": generator.weights_sha256, "classes": list(generator.classes.names)}
     settings["fp8"] = generator.transformer.is_kept_in_fp8 or None
     settings |= {"reject": None if rejection is None else str(rejection), "files": "npz" if npz_only else None}
     info = {
+        "model": model,  # no setting: weights draw the same images under another name
         "image_size": generator.tokenizer.config.image_size,
         "guidance": "(1 + t) * cond - t * uncond",
         **({"reference": generator.source} if generator.source else {}),
