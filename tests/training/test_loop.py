@@ -19,6 +19,7 @@ from toy_trainer import ToyTrainer, train_toy
 
 import varcli
 from varcli.artifacts.verify import read_manifest, verify_folder
+from varcli.distributed import World
 from varcli.errors import ArtifactError, ConfigError, InterruptedRun, LockedError, MemoryLimitError, NumericError
 from varcli.progress import Step
 from varcli.training.checkpoint import list_checkpoints
@@ -73,6 +74,27 @@ def test_a_signal_saves_and_resuming_equals_never_stopping(tmp_path, unbroken, s
     assert losses(tmp_path / "run") == losses(unbroken)
     assert weights(tmp_path / "run") == weights(unbroken)
     assert read_log(tmp_path / "run", "validation") == read_log(unbroken, "validation")
+
+
+def test_a_signal_that_comes_when_processes_have_agreed_waits_for_the_next_step(tmp_path, unbroken, monkeypatch):
+    """The one process that had it stopped at once, and waited for ever for the others, who were a step further."""
+    agree, steps = World.largest, []
+
+    def largest(self, *values):
+        agreed = agree(self, *values)
+        if len(values) == 2:
+            steps.append(agreed)
+            if len(steps) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return agreed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(World, "largest", largest)
+        with pytest.raises(InterruptedRun, match="stopped by SIGTERM after step 4 of 20"):
+            train_toy(tmp_path / "run")
+    assert [folder.name for folder in list_checkpoints(tmp_path / "run")] == ["step-0000004"]
+    train_toy(tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(unbroken) and weights(tmp_path / "run") == weights(unbroken)
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path):

@@ -20,6 +20,7 @@ trainer's `train_step`; the first one alone logs, validates, draws and publishes
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -183,18 +184,19 @@ class _Loop:
                 "eval": _due(done, config.eval_every) or (is_last and config.eval_every > 0),
                 "save": _due(done, config.save_every) or is_last or self._is_save_time(),
             }
-            # clocks and signals reach each process at another moment
-            stop.number, due["save"] = self.world.largest(stop.number, due["save"])
-            if any(due.values()) or stop.number:
+            # clocks and signals reach each process at another moment: what comes after this is for the next step
+            stopped_by, due["save"] = self.world.largest(stop.number, due["save"])
+            if any(due.values()) or stopped_by:
                 self._read()
             measured = self.pace.note(config.steps - done)
             if measured:
                 self._report(measured)
             looks = [name for name in _LOOKS if due[name]]
-            if stop.number:
+            if stopped_by:
                 self._save(looks)
+                name = signal.Signals(stopped_by).name
                 raise InterruptedRun(
-                    f"stopped by {stop.name} after step {done:,} of {config.steps:,}; the state is saved in "
+                    f"stopped by {name} after step {done:,} of {config.steps:,}; the state is saved in "
                     f"`{self.run_folder.path}`",
                     "run the same command again to go on",
                 )
