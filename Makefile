@@ -8,7 +8,7 @@
 PYTHON      ?= python3
 VENV        ?= .venv
 PIP_ARGS    ?=
-PYTEST_ARGS ?= -q -n auto --maxprocesses 4
+PYTEST_ARGS ?= -q -n auto --maxprocesses 4 --dist loadgroup
 DEMO_ARGS   ?=
 
 BIN := $(VENV)/bin

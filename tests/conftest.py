@@ -68,17 +68,6 @@ def tiny_transformer():
 @pytest.fixture
 def tiny_images(tmp_path: Path) -> Path:
     """An image tree with train/ and val/: 3 classes of coloured 32 px PNGs, 5 and 2 a class."""
-    import numpy as np
-    from PIL import Image
+    from small_sets import write_tiny_images
 
-    generator = np.random.default_rng(0)
-    root = tmp_path / "images"
-    for split, count in (("train", 5), ("val", 2)):
-        for index, name in enumerate(("apple", "boat", "cat")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                pixels[:16, :, index] = 255
-                Image.fromarray(pixels).save(folder / f"{number}.png")
-    return root
+    return write_tiny_images(tmp_path / "images")

@@ -20,3 +20,14 @@ def write_pngs(folder: Path, images: np.ndarray, names: list[str] | None = None)
     for number, image in enumerate(images):
         Image.fromarray(image).save(folder / (names[number] if names else f"{number}.png"))
     return folder
+
+
+def write_tiny_images(root: Path) -> Path:
+    """Write an image tree with train/ and val/: 3 classes of coloured 32 px PNGs, 5 and 2 a class."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 5), ("val", 2)):
+        for index, name in enumerate(("apple", "boat", "cat")):
+            images = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+            images[:, :16, :, index] = 255
+            write_pngs(root / split / name, images)
+    return root

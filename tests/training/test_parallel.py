@@ -1,4 +1,7 @@
-"""Laws of several processes: one rank equals two, one voice for errors, stops and resumes together."""
+"""Laws of several processes: one rank equals two, one voice for errors, stops and resumes together.
+
+All that is done by two processes is done when the first test asks, since importing torch takes longer.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
-from ranks import ROOT, run_ranks
+from ranks import ROOT, Ended, run_launches
+from small_sets import write_tiny_images
 from small_tokenizer import SMALL
 
 from varcli import config as configs
@@ -24,6 +29,8 @@ from varcli.training.checkpoint import list_checkpoints
 from varcli.training.parallel import average_gradients, average_numbers, share_batch
 from varcli.training.tokenizer import train_tokenizer
 from varcli.training.tokenizer_settings import TokenizerTrainConfig
+
+pytestmark = pytest.mark.xdist_group("tokenizer ranks")  # one worker starts them once
 
 CONFIG = TokenizerTrainConfig(
     tokenizer=SMALL,
@@ -78,11 +85,6 @@ RANK = """
 """
 
 
-def start(images: Path, out: Path, config=CONFIG, deed: str = "") -> list[tuple[int, str, str]]:
-    """Let two processes train; returns exit code, stdout and stderr of each."""
-    return run_ranks(RANK, str(images), str(out), json.dumps(configs.to_dict(config)), deed)
-
-
 def losses(run: Path, name: str = "loss") -> list[float]:
     return [line[name] for line in read_json_lines(run / "metrics.jsonl") if line["kind"] == "train" and name in line]
 
@@ -91,47 +93,42 @@ def published(run: Path) -> dict[str, torch.Tensor]:
     return load_tokenizer(run / "tokenizer").state_dict()
 
 
-@pytest.fixture
-def one(tiny_images, tmp_path) -> Path:
-    """A run of one process."""
-    train_tokenizer(tiny_images, tmp_path / "one", CONFIG, device="cpu")
-    return tmp_path / "one"
+LAUNCHES = {  # run: its config, and what happens in the middle
+    "two": (CONFIG, ""),
+    "begun by one": (CONFIG, ""),
+    "stopped": (CONFIG, "stop"),
+    "raise": (CONFIG, "raise"),
+    "raise both": (CONFIG, "raise both"),
+    "die": (CONFIG, "die"),
+    "uneven": (configs.replace(CONFIG, {"batch_size": 5}), ""),
+}
 
 
-@pytest.mark.distributed
-def test_one_rank_equals_two(tiny_images, tmp_path, one):
-    ended = start(tiny_images, tmp_path / "two")
-    assert [code for code, _, _ in ended] == [0, 0], ended
-    told = [line for _, out, _ in ended for line in out.splitlines()]
-    assert told and all(line.startswith("0 ") for line in told)  # one process speaks
-    for name in ("loss", "gradient_norm", "discriminator_loss", "fake_logit", "adversarial_loss", "codes_restarted"):
-        found, expected = losses(tmp_path / "two", name), losses(one, name)
-        torch.testing.assert_close(found[:3], expected[:3], rtol=1e-3, atol=1e-5)
-        # sums in another order grow as the judge and the judged chase one another: 5e-3 in the last of eight steps
-        torch.testing.assert_close(found, expected, rtol=3e-2, atol=1e-4)
-    torch.testing.assert_close(losses(tmp_path / "two"), losses(one), rtol=1e-5, atol=0)
-    assert sum(losses(one, "codes_restarted")) and losses(one, "adversarial_loss")
-    expected, found = published(one), published(tmp_path / "two")
-    for name, tensor in expected.items():
-        # AdamW turns even the rounding noise of gradients that are zero into steps; they say nothing in the output
-        torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=2e-3, msg=lambda text, name=name: name + text)
-    quantizer = "quantizer.codebook.weight"
-    torch.testing.assert_close(found[quantizer], expected[quantizer], rtol=1e-3, atol=1e-4)
+class Root(NamedTuple):
+    """The runs of this file, beside `one` of a process alone, and what became of the two processes of each."""
+
+    folder: Path
+    images: Path
+    ended: dict[str, list[Ended]]
 
 
-@pytest.mark.distributed
-def test_a_stop_of_one_rank_stops_all_at_the_same_step_and_any_number_goes_on(tiny_images, tmp_path, one):
-    ended = start(tiny_images, tmp_path / "run", deed="stop")
-    assert sorted(code for code, _, _ in ended) == [1, 75], ended
-    text = "".join(err for _, _, err in ended)
-    assert text.count("error:") == 1 and "stopped by SIGTERM after step 6 of 8" in text
-    assert list_checkpoints(tmp_path / "run")[0].name == "step-0000006"
-    train_tokenizer(tiny_images, tmp_path / "run", CONFIG, device="cpu")  # two ranks' checkpoint, one goes on
-    torch.testing.assert_close(losses(tmp_path / "run"), losses(one), rtol=1e-3, atol=1e-5)
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Root:
+    folder = tmp_path_factory.mktemp("parallel")
+    images = write_tiny_images(folder / "images")
+    train_tokenizer(images, folder / "one", CONFIG, device="cpu")
+    begin(images, folder / "begun by one")
+    given = [
+        (str(images), str(folder / name), json.dumps(configs.to_dict(config)), deed)
+        for name, (config, deed) in LAUNCHES.items()
+    ]
+    ended = run_launches(RANK, [(2, 2, arguments) for arguments in given])
+    return Root(folder, images, dict(zip(LAUNCHES, ended, strict=True)))
 
 
-@pytest.mark.distributed
-def test_one_rank_begins_and_two_go_on(tiny_images, tmp_path, one):
+def begin(images: Path, out: Path) -> None:
+    """Train alone, to a checkpoint and a step beyond."""
+
     class Stop(Exception):
         pass
 
@@ -140,11 +137,48 @@ def test_one_rank_begins_and_two_go_on(tiny_images, tmp_path, one):
             raise Stop
 
     with pytest.raises(Stop):
-        train_tokenizer(tiny_images, tmp_path / "run", CONFIG, device="cpu", on_step=stop)
-    ended = start(tiny_images, tmp_path / "run")
+        train_tokenizer(images, out, CONFIG, device="cpu", on_step=stop)
+
+
+@pytest.mark.distributed
+def test_one_rank_equals_two(root):
+    ended, one = root.ended["two"], root.folder / "one"
     assert [code for code, _, _ in ended] == [0, 0], ended
-    assert "going on from step 4 of 8" in ended[0][1]
-    torch.testing.assert_close(losses(tmp_path / "run"), losses(one), rtol=1e-3, atol=1e-5)
+    told = [line for _, out, _ in ended for line in out.splitlines()]
+    assert told and all(line.startswith("0 ") for line in told)  # one process speaks
+    for name in ("loss", "gradient_norm", "discriminator_loss", "fake_logit", "adversarial_loss", "codes_restarted"):
+        found, expected = losses(root.folder / "two", name), losses(one, name)
+        torch.testing.assert_close(found[:3], expected[:3], rtol=1e-3, atol=1e-5)
+        # sums in another order grow as the judge and the judged chase one another: 5e-3 in the last of eight steps
+        torch.testing.assert_close(found, expected, rtol=3e-2, atol=1e-4)
+    torch.testing.assert_close(losses(root.folder / "two"), losses(one), rtol=1e-5, atol=0)
+    assert sum(losses(one, "codes_restarted")) and losses(one, "adversarial_loss")
+    expected, found = published(one), published(root.folder / "two")
+    for name, tensor in expected.items():
+        # AdamW turns even the rounding noise of gradients that are zero into steps; they say nothing in the output
+        torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=2e-3, msg=lambda text, name=name: name + text)
+    quantizer = "quantizer.codebook.weight"
+    torch.testing.assert_close(found[quantizer], expected[quantizer], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.distributed
+def test_a_stop_of_one_rank_stops_all_at_the_same_step_and_any_number_goes_on(root):
+    ended, run = root.ended["stopped"], root.folder / "stopped"
+    assert sorted(code for code, _, _ in ended) == [1, 75], ended
+    text = "".join(err for _, _, err in ended)
+    assert text.count("error:") == 1 and "stopped by SIGTERM after step 6 of 8" in text
+    assert list_checkpoints(run)[0].name == "step-0000006"
+    train_tokenizer(root.images, run, CONFIG, device="cpu")  # two ranks' checkpoint, one goes on
+    torch.testing.assert_close(losses(run), losses(root.folder / "one"), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.distributed
+def test_one_rank_begins_and_two_go_on(root):
+    ended = root.ended["begun by one"]
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert "going on from step 4 of 8" in ended[0].out
+    found, expected = (losses(root.folder / name) for name in ("begun by one", "one"))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.distributed
@@ -156,23 +190,23 @@ def test_one_rank_begins_and_two_go_on(tiny_images, tmp_path, one):
         ("die", "process 1 has ended or cannot be reached"),
     ],
 )
-def test_a_rank_that_fails_or_dies_ends_all_with_one_text(tiny_images, tmp_path, deed, text):
-    ended = start(tiny_images, tmp_path / "run", deed=deed)
+def test_a_rank_that_fails_or_dies_ends_all_with_one_text(root, deed, text):
+    ended = root.ended[deed]
     codes = [code for code, _, _ in ended]
     assert codes == [1, -signal.SIGKILL if deed == "die" else 1], ended
     written = "".join(err for _, _, err in ended)
     assert written.count("error:") == 1 and text in written, written
-    assert read_manifest(list_checkpoints(tmp_path / "run")[0], "checkpoint").info["step"] == 4
+    assert read_manifest(list_checkpoints(root.folder / deed)[0], "checkpoint").info["step"] == 4
 
 
 @pytest.mark.distributed
-def test_a_batch_that_cannot_be_divided_is_one_error_and_nothing_is_written(tiny_images, tmp_path):
-    ended = start(tiny_images, tmp_path / "run", configs.replace(CONFIG, {"batch_size": 5}))
+def test_a_batch_that_cannot_be_divided_is_one_error_and_nothing_is_written(root):
+    ended = root.ended["uneven"]
     assert [code for code, _, _ in ended] == [1, 1], ended
     written = "".join(err for _, _, err in ended)
     assert written.count("error:") == 1 and "a batch of 5 cannot be divided evenly among 2 processes" in written
     assert "use e.g. 4" in written
-    assert not (tmp_path / "run").exists()
+    assert not (root.folder / "uneven").exists()
 
 
 @pytest.mark.distributed

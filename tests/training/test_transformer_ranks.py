@@ -26,7 +26,7 @@ from varcli.training.checkpoint import list_checkpoints
 from varcli.training.runlog import read_log
 from varcli.transformer.store import load_transformer
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("transformer ranks")]  # one worker starts them once
 
 CONFIG = TrainConfig(
     depth=3,
