@@ -59,12 +59,15 @@ def losses(run: Path) -> list[tuple]:
 
 
 class StopAfter:
-    """An on_step that interrupts the run once so many steps are done."""
+    """An on_step that interrupts a run, which reports each step, so that it ends with this one: 2 or a later one.
+
+    The signal comes with the report of the step before, by when all have agreed on what follows that.
+    """
 
     def __init__(self, step: int) -> None:
         self.step = step
 
     def __call__(self, report) -> None:
-        if report.done == self.step and report.values and self.step:
+        if report.done == self.step - 1 and report.values and self.step:
             self.step = 0
             os.kill(os.getpid(), signal.SIGTERM)
