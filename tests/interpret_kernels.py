@@ -302,7 +302,7 @@ def main() -> None:
     for shape in ((2, (1, 4, 9, 16, 25), 3, 32, 32), (1, (1, 40, 9), 2, 24, 16), (1, (9, 130, 70), 2, 16, None)):
         results[f"{torch.float32} attention {shape}"] = measure_attention(*shape)
     results[f"{torch.float32} conv3x3"] = measure_conv3x3(2, 32, 160, torch.float32)
-    for shape in ((2, 8, 5, 6), (1, 6, 3, 17), (2, 6, 6, 5)):
+    for shape in ((2, 8, 5, 6), (1, 40, 3, 4), (1, 6, 3, 17), (2, 6, 6, 5)):
         results[f"{torch.float32} small maps {shape}"] = measure_small_maps(*shape)
     for shape in ((3, 40, 24), (16, 1100, 48)):
         results[f"{torch.float32} few rows {shape}"] = measure_few_rows(*shape)

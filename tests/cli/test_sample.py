@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from ranks import run_launches
 from typer.testing import CliRunner
 
 from varcli.artifacts.verify import read_manifest, verify_folder
@@ -326,6 +327,17 @@ def test_two_processes_of_torchrun_draw_what_one_draws_and_fill_its_gaps(model, 
     for wrong in (["--model", "nobodys"], ["--count", "0"]):  # found by varcli, and by what reads its options
         refused = subprocess.run([*command, *wrong], env=environment, capture_output=True, text=True)
         assert refused.returncode != 0 and refused.stderr.count("error: ") == 1, refused.stderr
+
+
+@pytest.mark.distributed
+def test_two_processes_tell_a_wrong_option_once(model, tmp_path):
+    wrong = (["--compile", "maybe"], ["--model", "nobodys"], ["--reject", "x"], ["--count", "0"])
+    common = ["sample", "--model", str(model), "--device", "cpu", "--out", str(tmp_path / "out")]
+    program = "from varcli.cli.app import main; main()"
+    for ended in run_launches(program, [(2, 2, [*common, *options]) for options in wrong]):
+        assert all(process.code for process in ended), ended
+        assert sum(process.err.count("error: ") for process in ended) == 1, ended
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.distributed
