@@ -25,7 +25,6 @@ from varcli.kernels import (
     attention_backward_triton,
     attention_step_triton,
     attention_triton,
-    conv3x3_triton,
     few_rows_triton,
     fp8_triton,
     gelu_triton,
@@ -227,20 +226,6 @@ def measure_group_norm(batch: int, length: int, width: int, dtype: torch.dtype) 
     return {name: distance(*pair) for name, pair in pairs.items()}
 
 
-def measure_conv3x3(batch: int, channels: int, outputs: int, dtype: torch.dtype) -> dict[str, float]:
-    """A convolution with its bias and skip path, and alone, over maps of 8 x 32 positions."""
-    tokens, skip = torch.randn(batch, 256, channels).to(dtype), torch.randn(batch, 256, outputs).to(dtype)
-    weight, bias = (torch.randn(9 * channels, outputs) / channels**0.5).to(dtype), torch.randn(outputs)
-    pairs = {}
-    for name, parts in (("whole", (bias, skip)), ("alone", (None, None))):
-        wide = [None if part is None else part.double() for part in parts]
-        expected, _ = torch.ops.varcli.conv3x3(tokens.double(), weight.double(), *wide, 8, 32)
-        out, sums = conv3x3_triton.launch_conv3x3(tokens, weight, *parts, 8, 32)
-        pairs |= {name: (out, expected), f"{name} sums": (sums[:, :, 0].sum(1), out.double().sum(1))}
-        pairs |= {f"{name} squares": (sums[:, :, 1].sum(1), out.double().square().sum(1))}
-    return {name: distance(*pair) for name, pair in pairs.items()}
-
-
 def measure_small_maps(batch: int, channels: int, side: int, target: int) -> dict[str, float]:
     """Maps of a step: resized from tokens and from maps, blended into larger ones, and embedded for twice as many samples."""
     tokens, maps = torch.randn(batch, side * side, channels), torch.randn(batch, channels, side, side)
@@ -301,7 +286,6 @@ def main() -> None:
     # the interpreter's products of bfloat16 are wrong
     for shape in ((2, (1, 4, 9, 16, 25), 3, 32, 32), (1, (1, 40, 9), 2, 24, 16), (1, (9, 130, 70), 2, 16, None)):
         results[f"{torch.float32} attention {shape}"] = measure_attention(*shape)
-    results[f"{torch.float32} conv3x3"] = measure_conv3x3(2, 32, 160, torch.float32)
     for shape in ((2, 8, 5, 6), (1, 40, 3, 4), (1, 6, 3, 17), (2, 6, 6, 5)):
         results[f"{torch.float32} small maps {shape}"] = measure_small_maps(*shape)
     for shape in ((3, 40, 24), (16, 1100, 48)):

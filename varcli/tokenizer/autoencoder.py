@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from varcli.kernels.conv3x3 import POSITIONS, by_tap, is_gain
 from varcli.kernels.conv3x3 import conv3x3 as fused_conv3x3
+from varcli.kernels.conv3x3 import is_gain
 from varcli.kernels.group_norm import add_residual, add_residual_with_margin, channel_moments, scale_and_shift
 from varcli.tokenizer.base import TokenizerConfig
 from varcli.tokenizer.convolutions import Downsample, ImageConv2d, Upsample, conv3x3, is_half
@@ -41,23 +41,22 @@ class GroupNorm(nn.GroupNorm):
         last; torch's own operator turns the data around before and after.
         """
         x_float = x.float()
-        scale_BC, shift_BC = self._factors(torch.stack([x_float.mean(dim=(2, 3)), x_float.square().mean(dim=(2, 3))]))
+        scale_BC, shift_BC = self.factors(torch.stack([x_float.mean(dim=(2, 3)), x_float.square().mean(dim=(2, 3))]))
         return (x_float * scale_BC[:, :, None, None] + shift_BC[:, :, None, None]).to(x.dtype)
 
     def fused_forward(
         self, x: Tensor, moments_2BC: Tensor, bias_C: Tensor | None = None, is_activated: bool = True
     ) -> Tensor:
         """Normalise x + bias, whose moments these are, then SiLU if wanted, in one pass."""
-        scale_BC, shift_BC = self._factors(moments_2BC)
-        shift_BC = shift_BC if bias_C is None else shift_BC + scale_BC * bias_C
-        return scale_and_shift(x, scale_BC, shift_BC, is_activated)
+        return scale_and_shift(x, *self.factors(moments_2BC, bias_C), is_activated)
 
-    def _factors(self, moments_2BC: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift (B, C) that normalise maps with these moments."""
+    def factors(self, moments_2BC: Tensor, bias_C: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scale and shift (B, C), float32, that normalise x + bias, whose moments these are."""
         mean, square = moments_2BC.unflatten(2, (self.num_groups, -1)).mean(dim=3, keepdim=True)  # (B, groups, 1) each
         factor = torch.rsqrt((square - mean.square()).clamp(min=0) + self.eps)
         scale_BC = (factor * self.weight.view(self.num_groups, -1)).flatten(1)
-        return scale_BC, self.bias - (mean * factor * self.weight.view(self.num_groups, -1)).flatten(1)
+        shift_BC = self.bias - (mean * factor * self.weight.view(self.num_groups, -1)).flatten(1)
+        return scale_BC, shift_BC if bias_C is None else shift_BC + scale_BC * bias_C
 
 
 def _is_fused(x: Tensor) -> bool:
@@ -74,7 +73,7 @@ def _without_bias(convolution: nn.Conv2d, x: Tensor) -> Tensor:
 
 def _is_gain(convolution: nn.Conv2d, x: Tensor) -> bool:
     """Whether a 3x3 convolution of these maps is best computed by `fused_conv3x3`, with what follows it."""
-    return is_gain(convolution.in_channels, convolution.out_channels, x.shape[2] * x.shape[3], x.device)
+    return is_gain(convolution.in_channels, convolution.out_channels, *x.shape[2:], x.device)
 
 
 class ResBlock(nn.Module):
@@ -97,36 +96,41 @@ class ResBlock(nn.Module):
 
     def fused_forward(self, x: Tensor, moments_2BC: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the block to maps with these moments; return the result and its moments."""
-        skip, y, bias_C = self._before_last(x, moments_2BC)
-        if _is_gain(self.conv2, y):
-            return fused_conv3x3(y, self.conv2.weight, bias_C, skip)
-        return add_residual(skip, _without_bias(self.conv2, y), bias_C)
+        skip, bias_C = self._skip_path(x)
+        y, *normed = self._first(x, moments_2BC)
+        if self._is_last_gain(y):
+            return fused_conv3x3(y, self.conv2.weight, bias_C, skip, self.norm2.factors(*normed))
+        return add_residual(skip, self._last(y, *normed), bias_C)
 
     def margin_forward(self, x: Tensor, moments_2BC: Tensor) -> Tensor:
         """Apply the block to maps with these moments; return the result with a row and a column of zeros after it."""
-        skip, y, bias_C = self._before_last(x, moments_2BC)
-        if _is_gain(self.conv2, y):
-            return add_residual_with_margin(skip, fused_conv3x3(y, self.conv2.weight)[0], bias_C)
-        return add_residual_with_margin(skip, _without_bias(self.conv2, y), bias_C)
+        skip, bias_C = self._skip_path(x)
+        y, *normed = self._first(x, moments_2BC)
+        if self._is_last_gain(y):
+            y, _ = fused_conv3x3(y, self.conv2.weight, factors=self.norm2.factors(*normed))
+            return add_residual_with_margin(skip, y, bias_C)
+        return add_residual_with_margin(skip, self._last(y, *normed), bias_C)
 
-    def lay_out(self) -> None:
-        """Store the weights that `fused_conv3x3` takes so that it need not copy them."""
-        for convolution in (self.conv1, self.conv2):
-            weight = convolution.weight
-            if is_gain(convolution.in_channels, convolution.out_channels, POSITIONS, weight.device):
-                weight.data = by_tap(weight.data)
-
-    def _before_last(self, x: Tensor, moments_2BC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the skip path, what the second convolution reads, and the bias (C,) of both together."""
-        y = self.norm1.fused_forward(x, moments_2BC)
-        if _is_gain(self.conv1, y):
-            y = self.norm2.fused_forward(*fused_conv3x3(y, self.conv1.weight, self.conv1.bias))
-        else:
-            y = _without_bias(self.conv1, y)
-            y = self.norm2.fused_forward(y, channel_moments(y, self.conv1.bias), self.conv1.bias)
+    def _skip_path(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the block is added to, and the bias (C,) of both paths together."""
         if isinstance(self.shortcut, nn.Conv2d):
-            return _without_bias(self.shortcut, x), self.dropout(y), self.conv2.bias + self.shortcut.bias
-        return x, self.dropout(y), self.conv2.bias
+            return _without_bias(self.shortcut, x), self.conv2.bias + self.shortcut.bias
+        return x, self.conv2.bias
+
+    def _first(self, x: Tensor, moments_2BC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the first convolution's maps, the moments that the second norm takes, and the bias that these maps lack."""
+        if _is_gain(self.conv1, x):
+            factors = self.norm1.factors(moments_2BC)
+            return *fused_conv3x3(x, self.conv1.weight, self.conv1.bias, factors=factors), None
+        y = _without_bias(self.conv1, self.norm1.fused_forward(x, moments_2BC))
+        return y, channel_moments(y, self.conv1.bias), self.conv1.bias
+
+    def _last(self, y: Tensor, moments_2BC: Tensor, missing_C: Tensor | None) -> Tensor:
+        """Return the second convolution of such maps, without its bias."""
+        return _without_bias(self.conv2, self.dropout(self.norm2.fused_forward(y, moments_2BC, missing_C)))
+
+    def _is_last_gain(self, y: Tensor) -> bool:
+        return _is_gain(self.conv2, y) and not (self.training and self.dropout.p)
 
 
 class AttentionBlock(nn.Module):
@@ -298,9 +302,7 @@ class Decoder(nn.Module):
         """Store weights, which do not change any more, as the fused way in `dtype` reads them; attend by products."""
         self.to(memory_format=torch.channels_last)
         for part in self.modules():
-            if isinstance(part, ResBlock):
-                part.lay_out()
-            elif isinstance(part, Upsample):
+            if isinstance(part, Upsample):
                 part.keep_phases_in(dtype)
             elif isinstance(part, AttentionBlock):
                 part.by_products = True
