@@ -27,7 +27,14 @@ def kernel_for(is_fp16: bool, rows: int, outputs: int) -> CudaKernel:
 
 
 def launch_conv3x3(
-    tokens_BNC: Tensor, weight_OC33: Tensor, bias_O: Tensor | None, skip_BNO: Tensor | None, height: int, width: int
+    tokens_BNC: Tensor,
+    weight_OC33: Tensor,
+    bias_O: Tensor | None,
+    skip_BNO: Tensor | None,
+    scale_BC: Tensor | None,
+    shift_BC: Tensor | None,
+    height: int,
+    width: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the tokens (B, N, O) of the convolved map, and partial sums (B, parts, 2, O), float32."""
     batch, length, channels = tokens_BNC.shape
@@ -45,7 +52,7 @@ def launch_conv3x3(
             min(num_tiles, torch.cuda.get_device_properties(out.device).multi_processor_count),
             tokens_BNC.contiguous(),
             weight,
-            None if bias_O is None else bias_O.float().contiguous(),
+            *(None if part is None else part.float().contiguous() for part in (scale_BC, shift_BC, bias_O)),
             None if skip_BNO is None else skip_BNO.contiguous(),
             out,
             sums,
