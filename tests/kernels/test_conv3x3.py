@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import varcli
 from varcli.kernels import HAS_TRITON, nvrtc
-from varcli.kernels.conv3x3 import COLUMNS, conv3x3, introduce, is_gain, num_sums, tile_rows
+from varcli.kernels.conv3x3 import COLUMNS, conv3x3, introduce, is_gain, num_sums, packed, tile_rows
 from varcli.kernels.conv3x3_cuda import kernel_for
 from varcli.kernels.group_norm import channel_moments, scale_and_shift
 from varcli.kernels.nvrtc import is_nvrtc_there
@@ -128,7 +128,7 @@ def test_the_operator_keeps_torchs_rules_and_compiles_whole():
     tokens = [part.flatten(2).transpose(1, 2).contiguous() for part in (x, skip)]
     factors = torch.ones(2, 2, 32).unbind()
     for parts in ((bias, tokens[1], *factors), (None, None, None, None)):
-        torch.library.opcheck(torch.ops.varcli.conv3x3, (tokens[0], weight, *parts, 6, 64))
+        torch.library.opcheck(torch.ops.varcli.conv3x3, (tokens[0], packed(weight), *parts, 6, 64))
     compiled = torch.compile(conv3x3, backend="aot_eager", fullgraph=True)
     for actual, expected in zip(compiled(x, weight, bias, skip), conv3x3(x, weight, bias, skip)):
         torch.testing.assert_close(actual, expected)

@@ -30,8 +30,27 @@ _CAPABILITY = (9, 0)  # of the GPUs it was written for: H100
 
 def is_gain(in_channels: int, out_channels: int, height: int, width: int, device: torch.device) -> bool:
     """Say whether `conv3x3` computes maps of this size, and faster than libraries do."""
-    fits = in_channels % DEPTH == 0 and height % 2 == 0 and width % TILE_WIDTH == 0
-    return fits and out_channels in _OUT and _is_served(device)
+    fits = height % 2 == 0 and width % TILE_WIDTH == 0
+    return fits and are_gain(in_channels, out_channels) and _is_served(device)
+
+
+def are_gain(in_channels: int, out_channels: int) -> bool:
+    """Say whether there are maps of these channels for which `is_gain` says so."""
+    return in_channels % DEPTH == 0 and out_channels in _OUT
+
+
+def packed(weight_OC33: Tensor) -> Tensor:
+    """The weight as a block reads it: its columns, a chunk of channels, a tap, then 8 channels of each column.
+
+    (O / 160, C / 32, 9, 4, 160, 8), contiguous.
+    """
+    weight = weight_OC33.flatten(2).unflatten(1, (-1, DEPTH // 8, 8)).unflatten(0, (-1, COLUMNS))
+    return weight.permute(0, 2, 5, 3, 1, 4).contiguous()
+
+
+def _unpacked(weight: Tensor) -> Tensor:
+    """What `packed` was given."""
+    return weight.permute(0, 4, 1, 3, 5, 2).flatten(2, 4).flatten(0, 1).unflatten(2, (3, 3))
 
 
 def tile_rows(batch: int, height: int, width: int, out_channels: int) -> int:
@@ -62,7 +81,7 @@ def introduce() -> None:
     """
     torch.compiler.assume_constant_result(_is_served)  # here, since it brings the compiler, which takes seconds
     sides = 2, TILE_WIDTH
-    maps, weight = torch.zeros(1, 2 * TILE_WIDTH, DEPTH), torch.zeros(COLUMNS, DEPTH, 3, 3)
+    maps, weight = torch.zeros(1, 2 * TILE_WIDTH, DEPTH), packed(torch.zeros(COLUMNS, DEPTH, 3, 3))
     bias, phase_bias = torch.zeros(DEPTH), torch.zeros(DEPTH // 4)
 
     def each(maps, weight, bias, phase_bias):
@@ -83,20 +102,21 @@ def introduce() -> None:
 
 def conv3x3(
     maps_BChw: Tensor,
-    weight_OC33: Tensor,
+    weight: Tensor,
     bias_O: Tensor | None = None,
     skip_BOhw: Tensor | None = None,
     factors: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return conv(maps) + bias + skip, (B, O, h, w) in the dtype of `maps`, and the moments of that.
 
-    For the sizes of which `is_gain` says so. weight_OC33: rounded to the maps' dtype. factors: scale and shift (B, C), float32,
-    for conv(SiLU(maps * scale + shift)), whose argument is rounded to the maps' dtype.
+    For the sizes of which `is_gain` says so. weight: (O, C, 3, 3), or that `packed`; rounded to the maps' dtype. factors: scale
+    and shift (B, C), float32, for conv(SiLU(maps * scale + shift)), whose argument is rounded to the maps' dtype.
     """
     skip = None if skip_BOhw is None else tokens_of(skip_BOhw)
     sides = maps_BChw.shape[2:]
+    weight = (packed(weight) if weight.ndim == 4 else weight).to(maps_BChw.dtype)
     tokens, sums = torch.ops.varcli.conv3x3(
-        tokens_of(maps_BChw), weight_OC33.to(maps_BChw.dtype), bias_O, skip, *(factors or (None, None)), *sides
+        tokens_of(maps_BChw), weight, bias_O, skip, *(factors or (None, None)), *sides
     )
     out = maps_of(tokens, sides)
     return out, moments_of(sums, out)
@@ -134,9 +154,9 @@ def _conv3x3_cpu(
         tokens = torch.ops.varcli.scale_and_shift(tokens, scale, shift, True)
     maps = tokens.transpose(1, 2).unflatten(2, (height, width)).to(wide)
     bias = None if bias is None else bias.to(wide)
-    values = F.conv2d(maps, weight.to(wide), bias, padding=1).flatten(2).transpose(1, 2)
+    values = F.conv2d(maps, _unpacked(weight).to(wide), bias, padding=1).flatten(2).transpose(1, 2)
     out = stored(values if skip is None else values + skip, tokens.dtype)
-    parts = out.to(wide).unflatten(1, (num_sums(len(tokens), height, width, len(weight)), -1))
+    parts = out.to(wide).unflatten(1, (num_sums(len(tokens), height, width, out.shape[2]), -1))
     return out, torch.stack([parts.sum(dim=2), parts.square().sum(dim=2)], dim=2)
 
 
@@ -153,6 +173,6 @@ def _conv3x3_shapes(
 ) -> tuple[Tensor, Tensor]:
     batch, length, _ = tokens.shape
     wide = wide_dtype(tokens)
-    outputs = weight.shape[0]
+    outputs = weight.shape[0] * COLUMNS
     parts = num_sums(batch, height, width, outputs)
     return tokens.new_empty((batch, length, outputs)), tokens.new_empty((batch, parts, 2, outputs), dtype=wide)

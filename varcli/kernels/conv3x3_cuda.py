@@ -28,7 +28,7 @@ def kernel_for(is_fp16: bool, rows: int, outputs: int) -> CudaKernel:
 
 def launch_conv3x3(
     tokens_BNC: Tensor,
-    weight_OC33: Tensor,
+    weight: Tensor,
     bias_O: Tensor | None,
     skip_BNO: Tensor | None,
     scale_BC: Tensor | None,
@@ -36,14 +36,11 @@ def launch_conv3x3(
     height: int,
     width: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return the tokens (B, N, O) of the convolved map, and partial sums (B, parts, 2, O), float32."""
+    """Return the tokens (B, N, O) of the map convolved by a packed weight, and partial sums (B, parts, 2, O), float32."""
     batch, length, channels = tokens_BNC.shape
-    outputs = len(weight_OC33)
+    outputs = len(weight) * COLUMNS
     rows = tile_rows(batch, height, width, outputs)
     num_tiles = batch * (length // (rows * TILE_WIDTH)) * (outputs // COLUMNS)
-    # as blocks read it: their columns, a chunk of channels, a tap, and then 8 channels of each column
-    weight = weight_OC33.unflatten(1, (channels // DEPTH, DEPTH // 8, 8)).unflatten(0, (outputs // COLUMNS, COLUMNS))
-    weight = weight.permute(0, 2, 5, 6, 3, 1, 4).contiguous()
     out = torch.empty(batch, length, outputs, dtype=tokens_BNC.dtype, device=tokens_BNC.device)
     parts = num_sums(batch, height, width, outputs)
     sums = torch.empty(batch, parts, 2, outputs, dtype=torch.float32, device=tokens_BNC.device)
@@ -51,7 +48,7 @@ def launch_conv3x3(
         kernel_for(tokens_BNC.dtype == torch.float16, rows, outputs).launch(
             min(num_tiles, torch.cuda.get_device_properties(out.device).multi_processor_count),
             tokens_BNC.contiguous(),
-            weight,
+            weight.contiguous(),
             *(None if part is None else part.float().contiguous() for part in (scale_BC, shift_BC, bias_O)),
             None if skip_BNO is None else skip_BNO.contiguous(),
             out,

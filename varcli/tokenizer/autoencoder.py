@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from varcli.kernels.conv3x3 import are_gain, is_gain, packed
 from varcli.kernels.conv3x3 import conv3x3 as fused_conv3x3
-from varcli.kernels.conv3x3 import is_gain
 from varcli.kernels.group_norm import add_residual, add_residual_with_margin, channel_moments, scale_and_shift
 from varcli.tokenizer.base import TokenizerConfig
 from varcli.tokenizer.convolutions import Downsample, ImageConv2d, Upsample, conv3x3, is_half
@@ -87,6 +87,15 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = conv3x3(out_channels, out_channels)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.register_buffer("packed1", None, persistent=False)  # what `keep_packed_in` made
+        self.register_buffer("packed2", None, persistent=False)
+
+    @torch.no_grad()
+    def keep_packed_in(self, dtype: torch.dtype) -> None:
+        """Pack the weights of `fused_conv3x3` once: only for weights that do not change any more."""
+        for name, convolution in (("packed1", self.conv1), ("packed2", self.conv2)):
+            if are_gain(convolution.in_channels, convolution.out_channels):
+                setattr(self, name, packed(convolution.weight.to(dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block."""
@@ -99,7 +108,7 @@ class ResBlock(nn.Module):
         skip, bias_C = self._skip_path(x)
         y, *normed = self._first(x, moments_2BC)
         if self._is_last_gain(y):
-            return fused_conv3x3(y, self.conv2.weight, bias_C, skip, self.norm2.factors(*normed))
+            return fused_conv3x3(y, self._weight2(), bias_C, skip, self.norm2.factors(*normed))
         return add_residual(skip, self._last(y, *normed), bias_C)
 
     def margin_forward(self, x: Tensor, moments_2BC: Tensor) -> Tensor:
@@ -107,7 +116,7 @@ class ResBlock(nn.Module):
         skip, bias_C = self._skip_path(x)
         y, *normed = self._first(x, moments_2BC)
         if self._is_last_gain(y):
-            y, _ = fused_conv3x3(y, self.conv2.weight, factors=self.norm2.factors(*normed))
+            y, _ = fused_conv3x3(y, self._weight2(), factors=self.norm2.factors(*normed))
             return add_residual_with_margin(skip, y, bias_C)
         return add_residual_with_margin(skip, self._last(y, *normed), bias_C)
 
@@ -121,13 +130,17 @@ class ResBlock(nn.Module):
         """Return the first convolution's maps, the moments that the second norm takes, and the bias that these maps lack."""
         if _is_gain(self.conv1, x):
             factors = self.norm1.factors(moments_2BC)
-            return *fused_conv3x3(x, self.conv1.weight, self.conv1.bias, factors=factors), None
+            weight = self.conv1.weight if self.packed1 is None else self.packed1
+            return *fused_conv3x3(x, weight, self.conv1.bias, factors=factors), None
         y = _without_bias(self.conv1, self.norm1.fused_forward(x, moments_2BC))
         return y, channel_moments(y, self.conv1.bias), self.conv1.bias
 
     def _last(self, y: Tensor, moments_2BC: Tensor, missing_C: Tensor | None) -> Tensor:
         """Return the second convolution of such maps, without its bias."""
         return _without_bias(self.conv2, self.dropout(self.norm2.fused_forward(y, moments_2BC, missing_C)))
+
+    def _weight2(self) -> Tensor:
+        return self.conv2.weight if self.packed2 is None else self.packed2
 
     def _is_last_gain(self, y: Tensor) -> bool:
         return _is_gain(self.conv2, y) and not (self.training and self.dropout.p)
@@ -302,7 +315,9 @@ class Decoder(nn.Module):
         """Store weights, which do not change any more, as the fused way in `dtype` reads them; attend by products."""
         self.to(memory_format=torch.channels_last)
         for part in self.modules():
-            if isinstance(part, Upsample):
+            if isinstance(part, ResBlock):
+                part.keep_packed_in(dtype)
+            elif isinstance(part, Upsample):
                 part.keep_phases_in(dtype)
             elif isinstance(part, AttentionBlock):
                 part.by_products = True
