@@ -46,8 +46,9 @@ class Engine:
 
     def __init__(self, generator: Generator, config: SampleConfig, batch_size: int) -> None:
         self.generator, self.config = generator, config
-        self.labels_B = torch.zeros(batch_size, dtype=torch.int64, device=generator.device)
+        self.inputs_2B = torch.zeros(2, batch_size, dtype=torch.int64, device=generator.device)  # class numbers, keys
         self.noise = KeyedNoise(0, [0] * batch_size, [0] * batch_size, generator.device)
+        self.noise.keys_B = self.inputs_2B[1]
         self.graph, (self.images_B3HW, self.is_bad) = capture(self._run, generator.device)
 
     def start(self, seed: int, classes: Sequence[int], indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -56,18 +57,16 @@ class Engine:
         Returns the images, uint8 (n, 3, H, W) on the device, which the next call overwrites after all that was asked of the
         device before it, and what `Generator.require_finite` reads.
         """
-        count, missing = len(classes), len(self.labels_B) - len(classes)
+        count, missing = len(classes), self.inputs_2B.shape[1] - len(classes)
         classes = [*classes, *[classes[-1]] * missing]  # a short batch draws its last image more than once
         indices = [*indices, *[indices[-1]] * missing]
-        keys_B = image_keys(seed, classes, indices)
+        inputs_2B = torch.stack([torch.tensor(classes), image_keys(seed, classes, indices)])
         with torch.cuda.device(self.generator.device):
-            # from pinned memory, else the copy waits for the batch before
-            self.labels_B.copy_(torch.tensor(classes).pin_memory(), non_blocking=True)
-            self.noise.keys_B.copy_(keys_B.pin_memory(), non_blocking=True)
+            self.inputs_2B.copy_(inputs_2B.pin_memory(), non_blocking=True)  # else the copy waits for the batch before
             self.graph.replay()
         return self.images_B3HW[:count], self.is_bad
 
     @torch.no_grad()
     def _run(self) -> tuple[Tensor, Tensor]:
-        f_hat, is_bad = self.generator.generate_unchecked(self.labels_B, self.noise, self.config)
+        f_hat, is_bad = self.generator.generate_unchecked(self.inputs_2B[0], self.noise, self.config)
         return self.generator.decode(f_hat, self.config), is_bad
