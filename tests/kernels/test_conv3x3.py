@@ -61,12 +61,22 @@ def test_sizes_and_devices_that_are_no_gain_are_left_to_libraries(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for sizes in ((160, 160, 256, 256), (320, 160, 128, 128), (160, 160, 6, 64), (32, 160, 256, 192)):
         assert is_gain(*sizes, cpu)
-    # channels and sides that do not fit or were not timed
-    for sizes in ((160, 192, 128, 128), (160, 160, 32, 32), (3, 160, 256, 256), (160, 3, 256, 256), (160, 160, 5, 64)):
+    # channels and sides that do not fit or were not timed, and a map of too many values
+    unfit = ((160, 192, 128, 128), (160, 160, 32, 32), (3, 160, 256, 256), (160, 3, 256, 256), (160, 160, 5, 64))
+    for sizes in (*unfit, (160, 160, 4096, 4096)):
         assert not is_gain(*sizes, cpu)
     for capability in ((9, 0), (8, 0), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert is_gain(160, 160, 256, 256, gpu) == (capability == (9, 0) and HAS_TRITON and is_nvrtc_there())
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError, RuntimeError, OSError])
+def test_a_compiler_that_cannot_be_loaded_is_not_there(error, monkeypatch):
+    def fail() -> bytes:
+        raise error
+
+    monkeypatch.setattr(nvrtc, "_version", fail)
+    assert not is_nvrtc_there.__wrapped__()
 
 
 def test_tiles_cover_a_map_and_each_leaves_two_rows_of_sums():

@@ -30,7 +30,8 @@ _CAPABILITY = (9, 0)  # of the GPUs it was written for: H100
 
 def is_gain(in_channels: int, out_channels: int, height: int, width: int, device: torch.device) -> bool:
     """Say whether `conv3x3` computes maps of this size, and faster than libraries do."""
-    fits = height % 2 == 0 and width % TILE_WIDTH == 0
+    is_small = height * width * max(in_channels, out_channels) < 2**31  # a block counts a map's values in int32
+    fits = height % 2 == 0 and width % TILE_WIDTH == 0 and is_small
     return fits and are_gain(in_channels, out_channels) and _is_served(device)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,14 @@ from torch import Tensor
 _TARGET = "sm_90a"  # the GPUs these kernels are for, with what only they have
 
 
+@functools.cache
 def is_nvrtc_there() -> bool:
-    """Say whether the bindings of NVRTC and of the driver are installed, as they are with torch for CUDA 12.9 and later."""
-    return importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+    """Say whether NVRTC and its bindings are installed, as they are with torch for CUDA 12.9 and later."""
+    try:
+        _version()
+    except (ImportError, RuntimeError, OSError):  # no bindings; no library
+        return False
+    return True
 
 
 @dataclass(frozen=True)
