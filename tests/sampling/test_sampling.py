@@ -11,7 +11,7 @@ import torch
 from varcli.errors import ArtifactError, ConfigError, DataError
 from varcli.sampling import Generator, SampleConfig
 from varcli.sampling.logits import draw, guide, truncate
-from varcli.sampling.noise import KeyedNoise, exponential
+from varcli.sampling.noise import KeyedNoise, exponential, image_keys
 
 CPU = torch.device("cpu")
 
@@ -43,6 +43,24 @@ def test_truncation_is_what_its_definition_says_ties_included(top_k, top_p):
         if top_p is not None:
             kept = [x for x in kept if math.fsum(math.exp(other) for other in kept if other > x) / total < top_p]
         assert found == [x if x >= min(kept) else -math.inf for x in row]
+
+
+def test_keys_are_splitmix64_of_seed_class_and_index_whatever_the_batch():
+    def mix(z: int) -> int:
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+
+    for seed in (0, 2**63 + 5, -1, 2**200 + 7):
+        expected = []
+        for parts in ((seed, 207, 0), (seed, 3, 9), (seed, 999, 2**40)):
+            key = 0
+            for part in parts:
+                key = mix((key + 0x9E3779B97F4A7C15 + part) % 2**64)
+            expected.append(key - 2**64 if key >= 2**63 else key)
+        assert image_keys(seed, [207, 3, 999], [0, 9, 2**40]).tolist() == expected
+        assert image_keys(seed, [3], [9]).tolist() == expected[1:2]
+    assert image_keys(0, [], []).tolist() == []
 
 
 def test_noise_is_exponential_and_differs_by_every_key():

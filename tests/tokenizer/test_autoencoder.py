@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from varcli.kernels.conv3x3 import is_gain
 from varcli.kernels.group_norm import channel_moments
 from varcli.tokenizer import VQVAE, TokenizerConfig
 from varcli.tokenizer.autoencoder import AttentionBlock, GroupNorm, ResBlock
@@ -66,17 +67,22 @@ def test_a_constant_map_is_normalised_to_the_bias_by_either_way():
     assert norm.channelwise_forward(constant).abs().max() < 1e-2 and norm(constant).abs().max() < 1e-2
 
 
-# the last one is convolved by an operator of our own
-@pytest.mark.parametrize(("channels_in", "channels", "height"), [(16, 16, 20), (24, 16, 20), (32, 160, 128)])
-def test_a_fused_block_is_the_same_function_and_knows_its_moments(channels_in, channels, height):
+@pytest.mark.parametrize(
+    ("channels_in", "channels", "height", "width"), [(16, 16, 20, 15), (24, 16, 20, 15), (32, 160, 6, 64)]
+)
+def test_a_fused_block_is_the_same_function_and_knows_its_moments(channels_in, channels, height, width):
     torch.manual_seed(0)
     block = randomized(ResBlock(channels_in, channels, TokenizerConfig(width=8, norm_groups=4)))
-    maps = torch.randn(2, channels_in, height, 15).to(memory_format=torch.channels_last)
+    maps = torch.randn(2, channels_in, height, width).to(memory_format=torch.channels_last)
+    assert is_gain(channels_in, channels, height, width, maps.device) == (channels == 160)
     with torch.no_grad():
         result, moments_2BC = block.fused_forward(maps, channel_moments(maps))
         torch.testing.assert_close(result, block(maps), rtol=1e-4, atol=1e-4)
         margined = block.margin_forward(maps, channel_moments(maps))
         torch.testing.assert_close(margined, F.pad(block(maps), (0, 1, 0, 1)), rtol=1e-4, atol=1e-4)
+        block.dropout.p = 1.0  # the second convolution sees zeros, whichever computes it
+        dropped, _ = block.fused_forward(maps, channel_moments(maps))
+        torch.testing.assert_close(dropped, block(maps), rtol=1e-4, atol=1e-4)
     assert result.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(moments_2BC, channel_moments(result), rtol=1e-4, atol=1e-4)
 
@@ -118,12 +124,13 @@ def test_a_laid_out_decoder_is_the_same_function_with_equal_weights(tiny_tokeniz
     widths = (level.blocks[0].norm1.num_channels, 160, width)  # with convolutions by an operator of our own
     for index, (before, after) in enumerate(zip(widths, widths[1:])):
         level.blocks[index] = randomized(ResBlock(before, after, tiny_tokenizer.config)).eval()
-    weights = {name: value.clone() for name, value in decoder.state_dict().items()}
-    features = torch.randn(2, tiny_tokenizer.config.code_channels, 8, 8)
+    weights = {name: value.clone() for name, value in decoder.double().state_dict().items()}
+    features = torch.randn(2, tiny_tokenizer.config.code_channels, 8, 8, dtype=torch.float64)
     with torch.no_grad():
         expected = decoder.fused_blocks(features)
-        decoder.lay_out(torch.float32)
-        torch.testing.assert_close(decoder.fused_blocks(features), expected, rtol=1e-4, atol=1e-4)
+        decoder.lay_out(torch.float64)
+        torch.testing.assert_close(decoder.fused_blocks(features), expected, rtol=1e-5, atol=1e-5)  # norms are float32
+    assert level.blocks[0].packed1 is not None and level.blocks[1].packed1 is None  # to channels that libraries fit
     assert level.blocks[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert decoder.levels[1].resample.phases.is_contiguous(memory_format=torch.channels_last)
     assert decoder.middle.attention.by_products

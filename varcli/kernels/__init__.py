@@ -1,4 +1,4 @@
-"""Passes over tensors that torch.compile does not join: Triton on CUDA, and torch code that computes the same.
+"""Passes over tensors that torch.compile does not join: Triton or CUDA C++ on CUDA, and torch code that computes the same.
 
 Triton is imported when one of its kernels is launched, so that everything else runs where it is not installed.
 """

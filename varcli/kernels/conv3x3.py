@@ -24,7 +24,7 @@ COLUMNS = 160  # output channels of a block, whose number is a multiple of it
 DEPTH = 32  # input channels at a time, whose number is a multiple of it
 TILE_WIDTH = 64  # neighbouring positions of a row that a block computes, in two or four rows
 _MANY_TILES = 264  # of four rows: two rounds of an H100; fewer are cut in two
-_OUT = (160,)  # output channels of what was timed
+_OUT = 160  # output channels of what gains; 320 do not, in all
 _CAPABILITY = (9, 0)  # of the GPUs it was written for: H100
 
 
@@ -32,12 +32,12 @@ def is_gain(in_channels: int, out_channels: int, height: int, width: int, device
     """Say whether `conv3x3` computes maps of this size, and faster than libraries do."""
     is_small = height * width * max(in_channels, out_channels) < 2**31  # a block counts a map's values in int32
     fits = height % 2 == 0 and width % TILE_WIDTH == 0 and is_small
-    return fits and are_gain(in_channels, out_channels) and _is_served(device)
+    return fits and are_gain(in_channels, out_channels, device)
 
 
-def are_gain(in_channels: int, out_channels: int) -> bool:
+def are_gain(in_channels: int, out_channels: int, device: torch.device) -> bool:
     """Say whether there are maps of these channels for which `is_gain` says so."""
-    return in_channels % DEPTH == 0 and out_channels in _OUT
+    return in_channels % DEPTH == 0 and out_channels == _OUT and _is_served(device)
 
 
 def packed(weight_OC33: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ def kernel_for(is_fp16: bool, rows: int, outputs: int) -> CudaKernel:
     plane = -(-pixels * 16 // 128) * 128 + 32  # 8 channels of a slab, so that four lie in other banks
     slabs, weights = _SLABS * DEPTH // 8 * plane, _WEIGHTS * 2 * DEPTH * COLUMNS
     sums, barriers, bias = 4 * 8 * 2 * COLUMNS, 8 * 2 * (_SLABS + _WEIGHTS), 4 * outputs
-    macros = {"HALF": int(is_fp16), "TILE_ROWS": rows, "NUM_SLABS": _SLABS, "NUM_WEIGHTS": _WEIGHTS}
+    macros = {"HALF": int(is_fp16), "TILE_ROWS": rows, "TILE_WIDTH": TILE_WIDTH, "COLUMNS": COLUMNS, "DEPTH": DEPTH}
+    macros |= {"NUM_SLABS": _SLABS, "NUM_WEIGHTS": _WEIGHTS, "PLANE": plane}
     shared_bytes = slabs + weights + sums + barriers + bias
     return CudaKernel("conv3x3.cu", "varcli_conv3x3", tuple(macros.items()), _THREADS, shared_bytes)
 
@@ -44,6 +45,8 @@ def launch_conv3x3(
     out = torch.empty(batch, length, outputs, dtype=tokens_BNC.dtype, device=tokens_BNC.device)
     parts = num_sums(batch, height, width, outputs)
     sums = torch.empty(batch, parts, 2, outputs, dtype=torch.float32, device=tokens_BNC.device)
+    if num_tiles == 0:
+        return out, sums
     with torch.cuda.device_of(out):
         kernel_for(tokens_BNC.dtype == torch.float16, rows, outputs).launch(
             min(num_tiles, torch.cuda.get_device_properties(out.device).multi_processor_count),

@@ -42,7 +42,8 @@ class CudaKernel:
         pointers = [argument is None or isinstance(argument, Tensor) for argument in arguments]
         values = tuple(x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments)
         types = tuple(ctypes.c_void_p if is_pointer else ctypes.c_int for is_pointer in pointers)
-        function = self._loaded(torch.cuda.current_device())
+        _enter_context()
+        function = _loaded(self, torch.cuda.current_device())
         stream = torch.cuda.current_stream().cuda_stream
         _call(
             driver.cuLaunchKernel,
@@ -63,17 +64,6 @@ class CudaKernel:
         cache.put(code, entry, binary=True)
         return code
 
-    @functools.cache  # noqa: B019 - kernels are few, and stay
-    def _loaded(self, device: int) -> Any:
-        """The kernel on a GPU, which is the current one."""
-        from cuda.bindings import driver
-
-        module = _call(driver.cuModuleLoadData, self.compiled())
-        function = _call(driver.cuModuleGetFunction, module, self.name.encode())
-        largest = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _call(driver.cuFuncSetAttribute, function, largest, self.shared_bytes)
-        return function
-
     def _source(self) -> bytes:
         return (Path(__file__).parent / self.file).read_bytes()
 
@@ -82,18 +72,42 @@ class CudaKernel:
         return [f"--gpu-architecture={_TARGET}".encode(), *macros]
 
 
+def _enter_context() -> None:
+    """Make torch's context that of this thread, which has none before its first call of CUDA's runtime."""
+    from cuda.bindings import driver
+
+    if not int(_call(driver.cuCtxGetCurrent)):
+        device = _call(driver.cuDeviceGet, torch.cuda.current_device())
+        _call(driver.cuCtxSetCurrent, _call(driver.cuDevicePrimaryCtxRetain, device))
+
+
+@functools.cache
+def _loaded(kernel: CudaKernel, device: int) -> Any:
+    """The kernel on a GPU, which is the current one."""
+    from cuda.bindings import driver
+
+    module = _call(driver.cuModuleLoadData, kernel.compiled())
+    function = _call(driver.cuModuleGetFunction, module, kernel.name.encode())
+    largest = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _call(driver.cuFuncSetAttribute, function, largest, kernel.shared_bytes)
+    return function
+
+
 def _compile(source: bytes, options: list[bytes]) -> bytes:
     from cuda.bindings import nvrtc
 
     program = _call(nvrtc.nvrtcCreateProgram, source, b"", 0, [], [])
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    if status:
-        log = bytes(_call(nvrtc.nvrtcGetProgramLogSize, program))
-        _call(nvrtc.nvrtcGetProgramLog, program, log)
-        raise RuntimeError(f"NVRTC: {log.decode(errors='replace').strip(chr(0))}")
-    code = bytes(_call(nvrtc.nvrtcGetCUBINSize, program))
-    _call(nvrtc.nvrtcGetCUBIN, program, code)  # which fills it
-    return code
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if status:
+            log = bytes(_call(nvrtc.nvrtcGetProgramLogSize, program))
+            _call(nvrtc.nvrtcGetProgramLog, program, log)
+            raise RuntimeError(f"NVRTC: {log.decode(errors='replace').strip(chr(0))}")
+        code = bytes(_call(nvrtc.nvrtcGetCUBINSize, program))
+        _call(nvrtc.nvrtcGetCUBIN, program, code)  # which fills it
+        return code
+    finally:
+        _call(nvrtc.nvrtcDestroyProgram, program)
 
 
 def _version() -> bytes:

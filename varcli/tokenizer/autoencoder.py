@@ -76,6 +76,10 @@ def _is_gain(convolution: nn.Conv2d, x: Tensor) -> bool:
     return is_gain(convolution.in_channels, convolution.out_channels, *x.shape[2:], x.device)
 
 
+def _kept(weight: Tensor, packed_weight: Tensor | None) -> Tensor:
+    return weight if packed_weight is None else packed_weight
+
+
 class ResBlock(nn.Module):
     """Two normalised convolutions beside a skip path: (B, in, h, w) -> (B, out, h, w)."""
 
@@ -94,8 +98,9 @@ class ResBlock(nn.Module):
     def keep_packed_in(self, dtype: torch.dtype) -> None:
         """Pack the weights of `fused_conv3x3` once: only for weights that do not change any more."""
         for name, convolution in (("packed1", self.conv1), ("packed2", self.conv2)):
-            if are_gain(convolution.in_channels, convolution.out_channels):
-                setattr(self, name, packed(convolution.weight.to(dtype)))
+            weight = convolution.weight
+            if are_gain(convolution.in_channels, convolution.out_channels, weight.device):
+                setattr(self, name, packed(weight.to(dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block."""
@@ -108,7 +113,7 @@ class ResBlock(nn.Module):
         skip, bias_C = self._skip_path(x)
         y, *normed = self._first(x, moments_2BC)
         if self._is_last_gain(y):
-            return fused_conv3x3(y, self._weight2(), bias_C, skip, self.norm2.factors(*normed))
+            return fused_conv3x3(y, _kept(self.conv2.weight, self.packed2), bias_C, skip, self.norm2.factors(*normed))
         return add_residual(skip, self._last(y, *normed), bias_C)
 
     def margin_forward(self, x: Tensor, moments_2BC: Tensor) -> Tensor:
@@ -116,7 +121,7 @@ class ResBlock(nn.Module):
         skip, bias_C = self._skip_path(x)
         y, *normed = self._first(x, moments_2BC)
         if self._is_last_gain(y):
-            y, _ = fused_conv3x3(y, self._weight2(), factors=self.norm2.factors(*normed))
+            y, _ = fused_conv3x3(y, _kept(self.conv2.weight, self.packed2), factors=self.norm2.factors(*normed))
             return add_residual_with_margin(skip, y, bias_C)
         return add_residual_with_margin(skip, self._last(y, *normed), bias_C)
 
@@ -130,17 +135,13 @@ class ResBlock(nn.Module):
         """Return the first convolution's maps, the moments that the second norm takes, and the bias that these maps lack."""
         if _is_gain(self.conv1, x):
             factors = self.norm1.factors(moments_2BC)
-            weight = self.conv1.weight if self.packed1 is None else self.packed1
-            return *fused_conv3x3(x, weight, self.conv1.bias, factors=factors), None
+            return *fused_conv3x3(x, _kept(self.conv1.weight, self.packed1), self.conv1.bias, factors=factors), None
         y = _without_bias(self.conv1, self.norm1.fused_forward(x, moments_2BC))
         return y, channel_moments(y, self.conv1.bias), self.conv1.bias
 
     def _last(self, y: Tensor, moments_2BC: Tensor, missing_C: Tensor | None) -> Tensor:
         """Return the second convolution of such maps, without its bias."""
         return _without_bias(self.conv2, self.dropout(self.norm2.fused_forward(y, moments_2BC, missing_C)))
-
-    def _weight2(self) -> Tensor:
-        return self.conv2.weight if self.packed2 is None else self.packed2
 
     def _is_last_gain(self, y: Tensor) -> bool:
         return _is_gain(self.conv2, y) and not (self.training and self.dropout.p)
