@@ -146,7 +146,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         return _convert_tuple(key, value, arguments[0])
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not math.isfinite(value):
-            raise ConfigError(f"config key `{key}` takes a number, but got {value}")
+            raise ConfigError(f"config key `{key}` takes a number that is finite, but got {value}")
         return float(value)
     if hint is Path and isinstance(value, str):
         return Path(value)

@@ -16,4 +16,8 @@ def test_a_run_without_weights_is_no_unknown_model(tmp_path, monkeypatch):
     (tmp_path / "runs" / "first" / "config.json").write_text("{}")
     with pytest.raises(ArtifactError, match="has no weights yet"):
         find_model("first")
+    with pytest.raises(ArtifactError, match=r"there is no folder `.*second`"):
+        find_model(tmp_path / "second")
+    with pytest.raises(ArtifactError, match=r"`\.` is not a model"):
+        find_model("")
     assert find_model("emoji64").folder.name == find_model().folder.name == "emoji64"

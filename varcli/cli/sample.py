@@ -112,11 +112,14 @@ def sample(
     A model may suggest settings for pictures to look at, as varcli's own does:
     they are used, and told, where none is given.
 
+    The same seed, class and number give the same picture in batches of any size:
+    byte for byte on a CPU in float32 with --no-smooth, else up to what rounding
+    changes, which in half precision may be a detail of the picture.
+
     With several GPUs: torchrun --nproc-per-node 8 -m varcli sample ...; they
-    share the images, which are those of one: byte for byte on a CPU, with as many
-    threads each (OMP_NUM_THREADS) and --no-smooth, else up to what rounding
-    changes. Some versions of torchrun take --n for an option of theirs; --count
-    is the same.
+    share the images, which are those of one, with as many threads each
+    (OMP_NUM_THREADS) and as above. Some versions of torchrun take --n for an
+    option of theirs; --count is the same.
     """
     from varcli import config as configs
     from varcli.distributed import join_world

@@ -42,7 +42,7 @@ def require_fp8(device: torch.device, dtype: torch.dtype, *widths: int) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise ConfigError(
             f"fp8 needs an NVIDIA GPU of compute capability 8.9 or later (L40S, H100), but the device is {name}",
-            "leave it out; `varcli train` goes on in bf16 with a run begun with it by --no-fp8",
+            "leave it out; a run begun with it goes on in bf16 by `varcli train --no-fp8`",
         )
     if dtype != torch.bfloat16:
         raise ConfigError(f"fp8 goes with bf16, but the precision is {precision_name(dtype)}", "use --precision bf16")

@@ -48,7 +48,7 @@ def find_model(name: str | Path | None = None) -> FoundModel:
             return FoundModel(folder=folder, description=f"{kind} {folder}")
     if Path(name).exists():
         raise ArtifactError(
-            f"`{name}` is not a model: it lacks a finished tokenizer/ or transformer/",
+            f"`{Path(name)}` is not a model: it lacks a finished tokenizer/ or transformer/",
             "pass a run folder, or one written by `varcli import`",
         )
     if is_run(_RUNS / name):
@@ -56,6 +56,8 @@ def find_model(name: str | Path | None = None) -> FoundModel:
             f"run `{_RUNS / name}` has no weights yet", "`varcli train` goes on with it; or name another model"
         )
     known = {folder.name for root in (_RUNS, _MODELS, _EMBEDDED) for folder in _folders(root) if _is_model(folder)}
+    if len(Path(name).parts) > 1:
+        raise ArtifactError(f"there is no folder `{name}`", f"models known by name: {', '.join(sorted(known))}")
     raise unknown_name("model", str(name), known, ArtifactError)
 
 
