@@ -24,7 +24,6 @@ from varcli.kernels.qk_triton import SHORTEST
 _TOKENS = 32  # of a program that fills the cache
 # of a program that sees it, at most, and the keys that it looks at together: the fastest for all steps of 256 px on an H100
 _QUERIES, _KEYS = 64, 64
-_FEW_QUERIES = 16  # of a program that sees a step of no more; a size between would be compiled for one step
 # scores to base 2, whose exponentials, and sums of these, are float32 numbers
 _LONGEST: tl.constexpr = tl.constexpr(100.0)
 
@@ -158,7 +157,7 @@ def launch_step(
     width = channels // (3 * heads)
     before, strides = k_BnLd.shape[2] - length, k_BnLd.stride()[:3]
     qkv_BlC, out = qkv_BlC.contiguous(), qkv_BlC.new_empty(batch, length, heads, width)
-    queries = _FEW_QUERIES if length <= _FEW_QUERIES else _QUERIES
+    queries = min(_QUERIES, max(16, triton.next_power_of_2(length)))
     is_one_program = length <= queries
     sizes = {"HEADS": heads, "WIDTH": width, "BLOCK": max(16, triton.next_power_of_2(width))}
     with torch.cuda.device_of(qkv_BlC):
