@@ -76,7 +76,7 @@ def test_a_size_chooses_the_architecture_and_small_images_are_enlarged_with_a_wo
         (["--size", "64"], "patch_nums end at 4, but images of 64 px are a grid of 8x8"),
         (["--set", "tokenizer.patch_nums=[1,4,2]"], "coarse to fine"),
         (["--lr", "nan"], "learning_rate"),
-        (["--set", "r1_weight=nan"], "takes a number, but got nan"),
+        (["--set", "r1_weight=nan"], "takes a number that is finite, but got nan"),
         (["--set", "tokenizer.widht=8"], "width"),
     ],
 )
