@@ -196,10 +196,10 @@ struct Place {  // a chunk of a tile, of those that a block takes
 };
 
 struct Shared {
-  u32 slabs, taps;      // the rings
-  float* partial;       // sums of each warp
-  u32 slab_full, slab_free, tap_full, tap_free;  // barriers of each of their places
-  float* biases;        // of all output channels
+  u32 slabs, taps;  // the rings
+  float* partial;   // sums of each warp
+  u32 slab_full, slab_free, tap_full, tap_free;  // barriers: of each place of the rings
+  float* biases;    // of all output channels
 };
 __device__ __forceinline__ Shared shared_parts(unsigned char* start) {
   Shared parts;

@@ -115,7 +115,8 @@ def conv3x3(
     """
     skip = None if skip_BOhw is None else tokens_of(skip_BOhw)
     sides = maps_BChw.shape[2:]
-    weight = (packed(weight) if weight.ndim == 4 else weight).to(maps_BChw.dtype)
+    weight = weight.to(maps_BChw.dtype)
+    weight = packed(weight) if weight.ndim == 4 else weight
     tokens, sums = torch.ops.varcli.conv3x3(
         tokens_of(maps_BChw), weight, bias_O, skip, *(factors or (None, None)), *sides
     )

@@ -36,7 +36,10 @@ class CudaKernel:
     shared_bytes: int  # of a block, dynamic
 
     def launch(self, blocks: int, *arguments: Tensor | int | None) -> None:
-        """Launch it on the current device and stream. arguments: tensors and None are pointers, numbers int32."""
+        """Launch it on the current device and stream. arguments: tensors and None are pointers, numbers int32.
+
+        Raises RuntimeError with the words of the compiler or of the driver if it cannot be compiled, loaded or launched.
+        """
         from cuda.bindings import driver
 
         pointers = [argument is None or isinstance(argument, Tensor) for argument in arguments]
