@@ -61,6 +61,33 @@ def test_a_process_that_hangs_ends_all_with_its_number():
     assert text.count("error:") == 1 and "process 1 has ended or cannot be reached, of 3 counted from 0" in text, text
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("late", [0, 1])
+def test_an_error_is_told_once_though_another_process_is_still_joining(late):
+    program = f"""
+        import os, time
+        import torch.distributed as dist
+        from varcli.distributed import join_world
+
+        join = dist.init_process_group
+        def join_late(*arguments, store, **options):
+            join(*arguments, store=store, **options)
+            time.sleep(2)
+            store.add("late", 1)  # as joining asks the store, to its end
+        if os.environ["RANK"] == "{late}":
+            dist.init_process_group = join_late
+        try:
+            with join_world("cpu"):
+                raise ValueError("wrong")
+        except Exception as error:
+            print(error)
+            raise SystemExit(1)
+    """
+    ended = run_ranks(program)
+    assert [process.code for process in ended] == [1, 1], ended
+    assert "".join(process.out for process in ended) == "wrong\n", ended
+
+
 @pytest.mark.parametrize("value", ["soon", "0", "-1", "nan"])
 def test_a_timeout_that_makes_no_sense_is_one_error(monkeypatch, value):
     monkeypatch.setenv("VARCLI_TIMEOUT", value)

@@ -150,6 +150,7 @@ def join_world(device: str = "auto") -> Iterator[tuple[World, str]]:
     except ValueError as error:  # of rendezvous, for a variable that is not set
         raise ConfigError(f"WORLD_SIZE is {world.size}, but {error}", "start with torchrun") from None
     try:
+        world.wait()  # who fails before the others have joined, and leaves, would be missed by them: two texts in place of one
         yield world, device
     except BaseException as error:
         if threading.current_thread() is threading.main_thread():
